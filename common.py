@@ -1,0 +1,1740 @@
+"""Everything that two scripts of this repository share. Nothing else: what one script calls is in that script.
+
+Read it top to bottom; each section uses only those above it, so a section can be copied out on its own.
+
+  1  Runtime      one-line errors, number types for argparse, device and torchrun set-up, seeds, atomic saves, signals
+  2  Data         NIfTI -> slices in [-1, 1], masks, brain box, cache, patient split, augmentation, writing patients
+  3  Phantom      brains for when there are none: skull, sulci, ventricles, enhancing lesions, a pre/post pair
+  4  Networks     attention, residual block, U-Net (2D and 3D, block by block MONAI's DiffusionModelUNet), build_net
+  5  Processes    DDPM and RFlow: alpha, sigma, log-SNR, losses, the `denoise` closure
+  6  Samplers     ddpm, ddim, euler, heun, all on that closure
+  7  Pictures     grids of slices, line plots (Pillow only)
+  8  Training     shared flags and presets, EMA, learning rate, LR finder, run folder, VGG16 features
+
+Glossary (code name: the field's symbol)
+  x_0   a clean image or mask, in [-1, 1]         x_t   the same with noise: x_t = alpha(t) x_0 + sigma(t) eps
+  eps   standard normal noise                     t     time in [0, 1]; t=0 is data, t=1 is noise
+  alpha, sigma   coefficients of x_0 and eps      log_snr   log(alpha^2 / sigma^2), always the full one
+  v     RFlow: eps - x_0; DDPM: alpha eps - sigma x_0       x0_hat, eps_hat   the network's estimates
+  net, ema   raw and averaged network             NFE   network forwards for one image
+  ts    decreasing solver times, ending at 0      extra, context   conditioning vector, conditioning tokens
+  part  train | val | judge | test                box   the brain box: y0, x0, y1, x1 as fractions of the view
+"""
+import argparse, contextlib, copy, csv, hashlib, io, json, math, os, re, shutil, signal, sys, time, uuid, zlib
+from collections import Counter
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1  Runtime
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def fail(message, code=2):
+    """Ends the program with one line on stderr. Code 2: a user's mistake; 1: something else went wrong (disk, loss)."""
+    print('error: ' + ' '.join(str(message).split()), file=sys.stderr, flush=True)
+    raise SystemExit(code)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line (the usage text is a --help away) and which takes no abbreviated flags."""
+
+    def __init__(self, **kw):
+        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kw)
+
+    def error(self, message):
+        fail(message + '; see --help')
+
+
+def number(kind, low=-math.inf, high=math.inf, open_low=False):
+    """An argparse type: a finite `kind` with low <= value <= high (low < value with open_low)."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and low <= value <= high) or (open_low and value == low):
+            name = 'a whole number' if kind is int else 'a number'
+            bounds = f' above {low:g}' if open_low else f' of at least {low:g}' if low > -math.inf else ''
+            bounds += f'{" and" if bounds else ""} at most {high:g}' if high < math.inf else ''
+            raise argparse.ArgumentTypeError(f'{text!r} is not {name}{bounds}')
+        return value
+
+    return parse
+
+
+def numbers(kind, low=-math.inf, high=math.inf):
+    """An argparse type: comma-separated numbers, as a tuple."""
+    one = number(kind, low, high)
+    return lambda text: tuple(one(part) for part in text.split(','))
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def print0(*args):
+    if rank() == 0:
+        print(*args, flush=True)
+
+
+def progress(items=None, text=None, **kw):
+    """A tqdm bar on the first process, if somebody is watching a terminal."""
+    return tqdm(items, text, disable=None if rank() == 0 else True, dynamic_ncols=True, mininterval=0.5, **kw)
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def setup(args):
+    """Joins torchrun's group if there is one and resolves --device and --dtype in place. Returns the torch device."""
+    if 'RANK' in os.environ and not dist.is_initialized():
+        cuda = args.device != 'cpu' and torch.cuda.is_available()
+        dist.init_process_group('nccl' if cuda else 'gloo')
+    if args.device == 'auto':
+        args.device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    if args.device == 'cuda' and not torch.cuda.is_available():
+        fail('--device cuda: this machine shows no CUDA GPU; use --device cpu')
+    if args.device == 'cuda':
+        torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+    if args.dtype == 'auto':
+        args.dtype = 'bf16' if has_bf16(args.device) else 'fp32'
+    return torch.device(args.device)
+
+
+def has_bf16(device):
+    """Whether bf16 is faster than fp32 there: on a CPU only with AVX512-BF16 or AMX, elsewhere it is emulated."""
+    if device == 'cuda':
+        return torch.cuda.is_bf16_supported()
+    flags = torch.cpu.get_capabilities()
+    return bool(flags.get('avx512_bf16') or flags.get('amx_bf16'))
+
+
+def autocast(device, dtype):
+    """bf16 autocast for --dtype bf16, nothing for fp32. Losses, schedules and solver states stay in fp32 outside it."""
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == 'bf16')
+
+
+def memory_format(device, dtype, width, dims=2):
+    """channels_last on tensor cores, and in bf16 on the CPU for wide networks; plain NCHW where oneDNN is faster with it:
+    in fp32 on the CPU (a training step of widths 32,64,64 took 0.95 s against 1.4 s, of the full preset 3.7 against 4.8)."""
+    if dims == 3 or (torch.device(device).type == 'cpu' and (dtype != 'bf16' or width < 128)):
+        return torch.contiguous_format
+    return torch.channels_last
+
+
+def seed_of(*keys):
+    """A 63-bit seed from any keys: stable between machines and runs, unlike hash()."""
+    return int.from_bytes(hashlib.sha256(repr(keys).encode()).digest()[:8], 'little') >> 1
+
+
+def generator(*keys, device='cpu'):
+    return torch.Generator(device).manual_seed(seed_of(*keys))
+
+
+def atomic_write(path, data):
+    """Writes bytes so that `path` holds either the old content or the new one, whatever dies when."""
+    path = Path(path)
+    tmp = path.with_name(f'{path.name}.{os.getpid()}.tmp')
+    try:
+        with open(tmp, 'wb') as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(tmp, path)
+    except BaseException:
+        tmp.unlink(missing_ok=True)
+        raise
+
+
+def write_csv(path, header, rows):
+    out = io.StringIO()
+    csv.writer(out, lineterminator='\n').writerows([header, *rows])
+    atomic_write(path, out.getvalue().encode())
+
+
+def read_csv(path):
+    """A CSV file with a header line, as a list of dicts. Fails on a line with another number of columns."""
+    with open(path, newline='') as f:
+        rows = list(csv.DictReader(f))
+    for i, row in enumerate(rows):
+        if None in row or None in row.values():
+            fail(f'{path}: line {i + 2} has another number of columns than the header')
+    return rows
+
+
+class Stop:
+    """Turns SIGTERM and Ctrl-C into a flag that the loop reads after each step, so that it can save and leave."""
+
+    def __init__(self):
+        self.signum = 0
+        self.old = {s: signal.signal(s, self.catch) for s in (signal.SIGTERM, signal.SIGINT)}
+
+    def catch(self, signum, frame):
+        self.signum = signum
+
+    def asked(self, device):
+        """The signal's number, or 0. With several processes they agree, so that all leave after the same step."""
+        if world() > 1:
+            flag = torch.tensor([self.signum], device=device)
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+            self.signum = int(flag)
+        return self.signum
+
+    def restore(self):
+        for s, handler in self.old.items():
+            signal.signal(s, handler)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2  Data
+# ---------------------------------------------------------------------------------------------------------------------
+# A root holds one folder a patient. BrainMetShare names the files exactly; BraTS ends them in these words.
+ENDINGS = {'bravo': ('t1ce', 't1c'), 't1_gd': ('t1ce', 't1c'), 't1_pre': ('t1', 't1n'), 'flair': ('flair', 't2f'),
+           't2': ('t2', 't2w'), 'seg': ('seg',)}
+PARTS = {'train': 0.60, 'val': 0.10, 'judge': 0.15, 'test': 0.15}
+MIN_HEAD = 0.10     # a slice is used when the head covers this share of the brain box
+FORMAT = 1          # of the cache; raise it when anything below changes what is decoded
+
+
+def find_file(folder, modality):
+    """The file of a modality in a patient's folder, or None."""
+    for name in (f'{modality}.nii.gz', f'{modality}.nii'):
+        if (folder / name).exists():
+            return folder / name
+    pattern = re.compile(rf'[_-]({"|".join(ENDINGS.get(modality, (modality,)))})\.nii(\.gz)?$')
+    found = sorted(f for f in folder.iterdir() if pattern.search(f.name) and not f.name.startswith('.'))
+    if len(found) > 1:
+        fail(f'{folder}: {len(found)} files could be {modality} ({found[0].name}, {found[1].name}); keep one')
+    return found[0] if found else None
+
+
+def find_patients(roots, modalities):
+    """Lists patients: dicts with name, folder, files {modality: path}, synthetic, source (of a synthetic one).
+
+    Folders that lack a modality are counted and printed, never silently dropped. Fails when none is left.
+    """
+    patients = []
+    for root in map(Path, roots):
+        if not root.is_dir():
+            fail(f'--data {root}: no such folder; give a folder that holds one folder a patient')
+        groups = read_csv(root / 'groups.csv') if (root / 'groups.csv').exists() else []
+        if groups and not {'folder', 'patient'} <= groups[0].keys():
+            fail(f'{root}/groups.csv: columns are {",".join(groups[0])}; expected folder,patient')
+        name_of = {g['folder']: g['patient'] for g in groups}
+        synthetic = (root / 'manifest.csv').exists()
+        source = {r['folder']: r['source_patient'] for r in read_csv(root / 'manifest.csv')} if synthetic else {}
+        missing, found = [], 0
+        for folder in sorted(f for f in root.iterdir() if f.is_dir() and not f.name.startswith('.')):
+            if synthetic and folder.name not in source:
+                missing.append(f'{folder.name} (not in manifest.csv)')
+                continue
+            files = {m: find_file(folder, m) for m in modalities}
+            lacking = [m for m, f in files.items() if f is None]
+            if lacking:
+                missing.append(f'{folder.name} ({", ".join(lacking)})')
+                continue
+            found += 1
+            patients.append(dict(name=name_of.get(folder.name, folder.name), folder=folder, files=files, root=root,
+                                 synthetic=synthetic, source=source.get(folder.name, '')))
+        if missing:
+            print0(f'{root}: left out {len(missing)} folders that lack a file: {"; ".join(missing[:3])}'
+                   + (' ...' if len(missing) > 3 else ''))
+        if not found:
+            fail(f'--data {root}: no patient folder with {", ".join(modalities)} (.nii.gz); see "Your data" in README')
+    return patients
+
+
+def part_of(name):
+    """train | val | judge | test by SHA-1 of the patient's name, so that every script and machine agrees."""
+    u = int(hashlib.sha1(name.encode()).hexdigest()[:8], 16) / 2 ** 32
+    for part, share in PARTS.items():
+        u -= share
+        if u < 0:
+            return part
+    return 'test'
+
+
+def split_patients(patients, split_file=None):
+    """Sets each patient's part, in place. The one place that decides who may see whom.
+
+    A synthetic patient is for training only, and only if its source patient is a training patient (or none: a mask
+    that a model drew). Fails otherwise, or when a patient is not in split_file (columns patient,part).
+    """
+    table = None
+    if split_file:
+        if not Path(split_file).is_file():
+            fail(f'--split {split_file}: no such file; expected a CSV with columns patient,part')
+        rows = read_csv(split_file)
+        if not rows or not {'patient', 'part'} <= rows[0].keys():
+            fail(f'--split {split_file}: expected columns patient,part')
+        table = {r['patient']: r['part'] for r in rows}
+        wrong = [r for r in rows if r['part'] not in PARTS]
+        if wrong:
+            fail(f'--split {split_file}: part {wrong[0]["part"]!r} of {wrong[0]["patient"]}; use {", ".join(PARTS)}')
+    decide = part_of if table is None else table.get
+    for p in patients:
+        p['part'] = decide(p['name']) if not p['synthetic'] else decide(p['source']) if p['source'] else 'train'
+        if p['part'] is None:
+            fail(f'--split {split_file}: has no line for patient {p["source"] or p["name"]}; add it')
+        if p['synthetic'] and p['part'] != 'train':
+            fail(f'{p["folder"]}: made from patient {p["source"]}, who is in the {p["part"]} part; synthetic images '
+                 'may be used only when their source is a training patient')
+    real = {p['name']: p['part'] for p in patients if not p['synthetic']}
+    empty = [part for part in PARTS if real and part not in real.values()]
+    if empty:
+        print0(f'split: {len(real)} patients leave {", ".join(empty)} empty; --split FILE (columns patient,part) '
+               'decides it by hand')
+    return patients
+
+
+def read_nifti(path):
+    """A volume (Z,H,W) as displayed (image left = patient right, top = front) in float32, and its spacing (z,y,x) mm.
+
+    Orientation comes from the affine. Fails on a damaged file and on more than three dimensions.
+    """
+    try:
+        image = nib.as_closest_canonical(nib.load(path))
+        a = np.asarray(image.dataobj, dtype=np.float32)
+    except (OSError, EOFError, zlib.error, ValueError, nib.filebasedimages.ImageFileError) as e:
+        fail(f'{path}: cannot be read ({type(e).__name__}: {e}); check it with "gzip -t" and copy it again')
+    while a.ndim > 3 and a.shape[-1] == 1:
+        a = a[..., 0]
+    if a.ndim > 3:
+        fail(f'{path}: has {a.ndim} dimensions {a.shape}; expected one 3D volume, split the series first')
+    a = a.reshape(a.shape + (1,) * (3 - a.ndim))
+    zooms = tuple(float(z) if z > 0 else 1.0 for z in (tuple(image.header.get_zooms()) + (1.0, 1.0, 1.0))[:3])
+    return a[::-1, ::-1].transpose(2, 1, 0), zooms[::-1]
+
+
+def write_patient(folder, images, mask, spacing, files=None):
+    """Writes {name: (H,W) or (Z,H,W)} and a mask as a patient in the data layout; read_nifti gives the same bits back.
+
+    spacing (y, x) or (z, y, x) mm; files {name: bytes} go beside. The folder appears at once: a kill leaves no half patient.
+    """
+    folder = Path(folder)
+    tmp = folder.with_name(f'.{folder.name}.{os.getpid()}.tmp')
+    shutil.rmtree(tmp, ignore_errors=True)
+    tmp.mkdir(parents=True)
+    spacing = (1.0,) * (3 - len(spacing)) + tuple(spacing)
+    affine = np.diag([-spacing[2], -spacing[1], spacing[0], 1.0])          # LPS: stored as displayed
+    for name, a in {**images, **({} if mask is None else {'seg': np.asarray(mask, np.uint8)})}.items():
+        a = np.asarray(a)
+        a = a.reshape((1,) * (3 - a.ndim) + a.shape).transpose(2, 1, 0)
+        nib.save(nib.Nifti1Image(a, affine), tmp / f'{name}.nii.gz')
+    for name, data in (files or {}).items():
+        (tmp / name).write_bytes(data)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(tmp, folder)
+
+
+def head_mask(volume):
+    """Where the head is, holes filled: (Z,H,W) -> bool. Above a tenth of the bright end, then spanned by rows and columns."""
+    low = volume.min()
+    bright = volume[volume > low]
+    if not bright.size:
+        return np.zeros(volume.shape, bool)
+    m = volume > low + 0.1 * (np.percentile(bright, 99) - low)
+
+    def span(axis):
+        forth = np.maximum.accumulate(m, axis)
+        back = np.flip(np.maximum.accumulate(np.flip(m, axis), axis), axis)
+        return forth & back
+
+    return span(1) & span(2)
+
+
+def read_patient(patient, labels=None):
+    """images (C,Z,H,W) float32, mask (Z,H,W) uint8 in {0,1}, spacing (z,y,x), counts of what had to be mended.
+
+    Non-finite image voxels become the image's lowest value and are counted. Every label above 0 is tumour, or those
+    in `labels`. Fails on a mask of another shape or with values that are no labels.
+    """
+    notes = {'non-finite voxels set to background': 0, 'masks with several labels': 0}
+    volumes = {}
+    for m, f in patient['files'].items():
+        volumes[m], zooms = read_nifti(f)
+        first = next(iter(volumes.values()))
+        if volumes[m].shape != first.shape:
+            fail(f'{f}: shape {volumes[m].shape[::-1]} differs from {first.shape[::-1]} of the same patient; '
+                 'resample it onto the image')
+        spacing = zooms if len(volumes) == 1 else spacing
+    mask = volumes.pop('seg')
+    if not np.isfinite(mask).all() or (mask < 0).any() or (mask != np.round(mask)).any():
+        fail(f'{patient["files"]["seg"]}: mask values must be whole numbers from 0 up, found {mask.min()}..{mask.max()}')
+    notes['masks with several labels'] = int(mask.max() > 1)
+    mask = np.isin(mask, labels) if labels else mask > 0
+    images = np.stack(list(volumes.values()))
+    bad = ~np.isfinite(images)
+    if bad.any():
+        notes['non-finite voxels set to background'] = int(bad.sum())
+        finite = images[~bad]
+        images[bad] = finite.min() if finite.size else 0
+    return images, mask.astype(np.uint8), spacing, notes
+
+
+def normalise(images, head):
+    """images (C,Z,H,W) -> [-1, 1] by the 0.5 and 99.9 percentiles inside the head, jointly over the C modalities."""
+    inside = images[:, head] if head.any() else images.reshape(len(images), -1)
+    low, high = np.percentile(inside, (0.5, 99.9))
+    return np.clip((images - low) / max(high - low, 1e-6) * 2 - 1, -1, 1).astype(np.float32)
+
+
+def square_view(shape, spacing, box):
+    """The box (fractions of the square field of view) as voxel bounds y0, x0, y1, x1; may reach outside the image."""
+    extent = (shape[0] * spacing[0], shape[1] * spacing[1])
+    side = max(extent)
+    corner = [(extent[i % 2] - side) / 2 + box[i] * side for i in range(4)]       # mm from the image's corner
+    return [round(corner[i] / spacing[i % 2]) for i in range(4)]
+
+
+def measure_box(patients, labels=None):
+    """The brain box of a data set: the heads of its training patients together, square, with a margin of 2 %.
+
+    Fractions (y0, x0, y1, x1) of the field of view made square, so that files of any size and spacing agree.
+    """
+    low, high = np.ones(2), np.zeros(2)
+    for p in progress(patients, 'brain box', leave=False):
+        images, _, spacing, _ = read_patient(p, labels)
+        head = head_mask(images[0])
+        extent = np.array(head.shape[1:]) * spacing[1:]
+        side = extent.max()
+        for axis in (0, 1):
+            profile = np.flatnonzero(head.mean(axis=(0, 2 - axis)) > 0.01)      # a line of noise is no head
+            if profile.size:
+                edges = (np.array([profile[0], profile[-1] + 1]) * spacing[1 + axis] + (side - extent[axis]) / 2) / side
+                low[axis], high[axis] = min(low[axis], edges[0]), max(high[axis], edges[1])
+    if (low >= high).any():
+        fail('--data: no head found in any training patient; are the images empty?')
+    half = max(high - low) / 2 + 0.02
+    centre = (low + high) / 2
+    return tuple(round(float(v), 4) for v in (*(centre - half), *(centre + half)))
+
+
+def crop(a, bounds, fill):
+    """a (..., H, W) cut to voxel bounds y0, x0, y1, x1; outside the image there is `fill`."""
+    y0, x0, y1, x1 = bounds
+    out = np.full(a.shape[:-2] + (y1 - y0, x1 - x0), fill, a.dtype)
+    ys, xs = slice(max(y0, 0), min(y1, a.shape[-2])), slice(max(x0, 0), min(x1, a.shape[-1]))
+    out[..., ys.start - y0:ys.stop - y0, xs.start - x0:xs.stop - x0] = a[..., ys, xs]
+    return out
+
+
+def components(mask):
+    """Connected pieces of a mask (H,W) or (Z,H,W), 8- or 26-connected: labels 1..n in the order of their first voxel."""
+    m = torch.as_tensor(np.ascontiguousarray(mask)) > 0
+    if not m.any():
+        return np.zeros(mask.shape, np.int64), 0
+    pool = F.max_pool2d if m.ndim == 2 else F.max_pool3d
+    seed = torch.arange(m.numel(), 0, -1, dtype=torch.float64).view(m.shape)
+    label = seed * m
+    while True:                                             # the largest seed of a piece floods it
+        new = pool(label[None, None], 3, 1, 1)[0, 0] * m
+        new = torch.maximum(new, label)
+        if torch.equal(new, label):
+            break
+        label = new
+    values, index = torch.unique(-label, return_inverse=True)                 # sorted: first voxel first, background last
+    return ((index + 1) * m).numpy(), len(values) - (1 if not m.all() else 0)
+
+
+def shrink_mask(mask, size, pixel_area, speck):
+    """A slice's mask (H,W) on a size x size grid, and counts of lesions kept, rescued and dropped.
+
+    A piece below `speck` mm^2 is dropped. A grid pixel is tumour when at least half of it is. A piece that would vanish
+    by that rule keeps the one pixel that holds most of it, so that no real lesion is lost.
+    """
+    labels, n = components(mask)
+    area = lambda m: F.adaptive_avg_pool2d(torch.from_numpy(m.astype(np.float32))[None], size)[0].numpy()
+    pieces = [m for m in (labels == i for i in range(1, n + 1)) if m.sum() * pixel_area >= speck]
+    out = area(np.any(pieces, axis=0)) >= 0.5 if pieces else np.zeros((size, size), bool)
+    rescued = 0
+    for m in pieces:
+        share = area(m)
+        if not (out & (share > 0)).any():
+            out[np.unravel_index(share.argmax(), share.shape)] = True
+            rescued += 1
+    return out.astype(np.uint8), np.array([len(pieces), rescued, n - len(pieces)])
+
+
+def decode_patient(patient, size, box, speck, labels=None):
+    """Slices of one patient on the size x size grid: images (N,C,S,S) in [-1,1], masks (N,1,S,S), rows for the table.
+
+    A synthetic patient is taken as it is: its files are already in [-1, 1] and cut to the box.
+    """
+    images, mask, spacing, notes = read_patient(patient, labels)
+    head = head_mask(images[0])
+    if patient['synthetic']:
+        box, speck = (0.0, 0.0, 1.0, 1.0), 0.0
+    else:
+        images = normalise(images, head)
+    bounds = square_view(images.shape[2:], spacing[1:], box)
+    images, mask, head = crop(images, bounds, -1), crop(mask, bounds, 0), crop(head, bounds, False)
+    covered = head.mean(axis=(1, 2))
+    use = np.flatnonzero(covered >= MIN_HEAD) if not patient['synthetic'] else np.arange(len(mask))
+    notes['slices with too little head left out'] = len(mask) - len(use)
+    if images.shape[2:] != (size, size):
+        images = F.interpolate(torch.from_numpy(images.reshape(-1, 1, *images.shape[2:])), (size, size), mode='bilinear',
+                               antialias=True).clamp(-1, 1).view(*images.shape[:2], size, size).numpy()
+    masks, counts = np.zeros((len(use), 1, size, size), np.uint8), np.zeros(3, int)
+    for i, z in enumerate(use):
+        masks[i, 0], c = shrink_mask(mask[z], size, spacing[1] * spacing[2], speck)
+        counts += c
+    notes.update(zip(('lesions kept', 'kept as one pixel', f'specks below {speck:g} mm2 dropped'), counts.tolist()))
+    span = max(use[-1] - use[0], 1) if len(use) else 1
+    pixel = [mask.shape[1 + i] * spacing[1 + i] / size for i in (0, 1)]
+    table = [dict(folder=patient['folder'].name, patient=patient['name'], source=patient['source'], z=int(z),
+                  level=(float(z - use[0]) / span if len(use) > 1 else 0.5), level_known=len(use) > 1,
+                  tumour=int(masks[i].sum()), spacing=pixel, root=str(patient['root'])) for i, z in enumerate(use)]
+    return np.ascontiguousarray(images[:, use].transpose(1, 0, 2, 3), np.float32), masks, table, notes
+
+
+class Slices:
+    """Decoded slices, memory-mapped: images (N,C,S,S) float32 in [-1,1], masks (N,1,S,S) uint8, table of N dicts, box."""
+
+    def __init__(self, directory, box):
+        info = json.loads((directory / 'index.json').read_text())
+        shape = info['shape']
+        self.images = np.memmap(directory / 'images.f32', np.float32, 'r', shape=tuple(shape))
+        self.masks = np.memmap(directory / 'masks.u8', np.uint8, 'r', shape=(shape[0], 1, *shape[2:]))
+        self.table, self.notes, self.box, self.part = info['table'], info['notes'], box, []
+
+    def rows(self, part, empty=None, seed=0):
+        """Row numbers of a part. empty = the wanted share of tumour-free slices: that many are drawn, seeded."""
+        rows = np.array([i for i, p in enumerate(self.part) if p == part], dtype=np.int64)
+        if empty is None or not len(rows):
+            return rows
+        tumour = np.array([self.table[i]['tumour'] > 0 for i in rows])
+        full, free = rows[tumour], rows[~tumour]
+        want = len(free) if empty >= 1 else min(len(free), round(len(full) * empty / (1 - empty)))
+        order = torch.randperm(len(free), generator=generator(seed, 'empty slices', part)).numpy()
+        return np.sort(np.concatenate([full if empty < 1 else full[:0], free[order[:want]]]))
+
+
+def load_slices(roots, size, modalities=('bravo',), box=None, split=None, cache='runs/cache', labels=None, speck=4.0):
+    """Decodes all patients of the roots once, then memory-maps what is on disk. Returns Slices with part set per row.
+
+    The cache's key holds all that changes a decoded slice. It is written aside and renamed, so that several processes
+    may start at once: the first to finish wins, the others throw theirs away.
+    """
+    patients = split_patients(find_patients(roots, (*modalities, 'seg')), split)
+    stamp = [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for p in patients for f in p['files'].values()]
+    identity = [[p['name'], p['source'], p['synthetic']] for p in patients]
+    key = lambda *more: hashlib.sha256(repr((FORMAT, stamp, identity, modalities, labels, *more)).encode()).hexdigest()[:20]
+    cache = Path(cache)
+    cache.mkdir(parents=True, exist_ok=True)
+    real = [p for p in patients if not p['synthetic']]
+    if box is None and not real:
+        box = (0.0, 0.0, 1.0, 1.0)
+    if box is None:
+        note = cache / f'box_{key([p["part"] for p in patients])}.json'
+        if not note.exists():
+            train = [p for p in real if p['part'] == 'train']
+            atomic_write(note, json.dumps(measure_box(train or real, labels)).encode())
+        box = json.loads(note.read_text())
+    box = tuple(box)
+    directory = cache / key(size, box, speck)
+    if not directory.exists():
+        tmp = cache / f'.{directory.name}.{uuid.uuid4().hex[:8]}.tmp'
+        tmp.mkdir()
+        try:
+            table, totals = [], {}
+            with open(tmp / 'images.f32', 'wb') as f, open(tmp / 'masks.u8', 'wb') as g:
+                for p in progress(patients, 'decoding', leave=False):
+                    images, masks, rows, notes = decode_patient(p, size, box, speck, labels)
+                    images.tofile(f)
+                    masks.tofile(g)
+                    table += rows
+                    totals = {k: totals.get(k, 0) + notes.get(k, 0) for k in {**totals, **notes}}
+            if not table:
+                fail(f'--data {" ".join(map(str, roots))}: no slice has a head that covers {MIN_HEAD:.0%} of the brain box')
+            shape = [len(table), len(modalities), size, size]
+            (tmp / 'index.json').write_text(json.dumps(dict(shape=shape, table=table, notes=totals)))
+            os.rename(tmp, directory)
+        except OSError:
+            if not directory.exists():
+                raise
+        finally:
+            shutil.rmtree(tmp, ignore_errors=True)
+    data = Slices(directory, box)
+    part = {(str(p['root']), p['folder'].name): p['part'] for p in patients}
+    data.part = [part[r['root'], r['folder']] for r in data.table]
+    names = {part: len({p['name'] for p in real if p['part'] == part}) for part in PARTS}
+    print0(f'data: {len(real)} real and {len(patients) - len(real)} synthetic folders, {len(data.table)} slices of {size}x{size}; '
+           f'patients ' + ', '.join(f'{k} {v}' for k, v in names.items()) + f'; brain box {box}')
+    told = '; '.join(f'{v} {k}' for k, v in data.notes.items() if v)
+    print0(f'data: {told}' if told else 'data: nothing left out')
+    return data
+
+
+def augment(images, masks, u):
+    """Left-right flip (p=1/2), rotation +-10 degrees, scale +-10 %, shift +-5 %: the same for an image and its mask.
+
+    images (B,C,H,W) in [-1,1], bilinear, background outside; masks (B,1,H,W), nearest. u (B,5): uniform draws in [0,1).
+    """
+    n, u = len(images), 2 * u - 1
+    angle, scale, flip = u[:, 0] * math.pi / 18, 1 + 0.1 * u[:, 1], torch.where(u[:, 2] < 0, -1.0, 1.0)
+    theta = torch.zeros(n, 2, 3)
+    theta[:, 0, 0], theta[:, 0, 1] = flip * torch.cos(angle) * scale, -torch.sin(angle) * scale
+    theta[:, 1, 0], theta[:, 1, 1] = flip * torch.sin(angle) * scale, torch.cos(angle) * scale
+    theta[:, :, 2] = 0.1 * u[:, 3:]                          # in half-widths, so 5 % of the width
+    grid = F.affine_grid(theta, list(images[:, :1].shape), align_corners=False).to(images.device)
+    moved = F.grid_sample(images + 1, grid, mode='bilinear', align_corners=False) - 1
+    return moved, F.grid_sample(masks, grid, mode='nearest', align_corners=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3  Phantom
+# ---------------------------------------------------------------------------------------------------------------------
+PHANTOM = dict(patients=100, slices=10, size=128)         # 1,000 slices of 1.6 x 1.6 x 8 mm, about 20 MB
+
+
+def smooth_noise(shape, cells, g):
+    """Gaussian noise (Z,H,W), unit variance, whose structures are about 1/cells of each axis wide."""
+    coarse = torch.randn(1, 1, *(c + 3 for c in cells), generator=g)
+    fine = F.interpolate(coarse, [round(n * (c + 3) / c) for n, c in zip(shape, cells)], mode='trilinear', align_corners=True)[0, 0]
+    fine = F.avg_pool3d(fine[None, None], 3, 1, 1, count_include_pad=False)[0, 0]      # no creases between cells
+    fine = fine[tuple(slice((f - n) // 2, (f - n) // 2 + n) for f, n in zip(fine.shape, shape))]
+    return (fine - fine.mean()) / fine.std()
+
+
+def phantom_patient(g, slices, size):
+    """One patient: t1_pre, bravo (Z,H,W) float32 from 0 to about 1, seg (Z,H,W) uint8, spacing (z,y,x) mm.
+
+    Concentric shells (scalp, skull, CSF, folded cortex, white matter), ventricles and deep nuclei that come and go with
+    the level, 1-10 lesions in 3D that enhance as rings or solid in bravo and hardly show in t1_pre, dark oedema.
+    """
+    rand = lambda low, high: low + (high - low) * float(torch.rand((), generator=g))
+    spacing = (8.0, 1.6 * 128 / size, 1.6 * 128 / size)
+    level = torch.linspace(rand(0.16, 0.24), rand(0.80, 0.88), slices)[:, None, None]   # 0 = skull base, 1 = vertex
+    y, x = torch.meshgrid(*[(torch.arange(size) + 0.5) / size * 2 - 1] * 2, indexing='ij')
+    tilt, shift = rand(-0.08, 0.08), (rand(-0.03, 0.03), rand(-0.03, 0.03))
+    x, y = x - shift[0], y - shift[1]
+    x, y = (x * math.cos(tilt) - y * math.sin(tilt))[None], (x * math.sin(tilt) + y * math.cos(tilt))[None]
+    width, length = rand(0.66, 0.74), rand(0.82, 0.90)
+    shrink = (1 - ((level - 0.45) / 0.66).square()).clamp(min=0.05).sqrt()
+    shape = (slices, size, size)
+    edge = 2.0 / size
+    soft = lambda d, w=edge: torch.sigmoid(d / w)                    # a membership with a one-pixel border
+    wobble = 0.02 * smooth_noise(shape, (2, 4, 4), g)
+    r = ((x / width).square() + (y / length).square()).sqrt() / shrink + wobble
+    over = lambda image, value, where: image * (1 - where) + value * where
+    fold = smooth_noise(shape, (4, 18, 18), g)
+    brain = soft(0.83 - r)
+    # grey cortex follows the surface and the folds; CSF fills the sulci
+    depth = 0.83 - r
+    cortex = torch.maximum(soft(0.075 - depth), soft(0.28 - depth, 0.02) * soft(0.50 - fold.abs(), 0.08))
+    sulci = soft(0.25 - depth, 0.02) * soft(0.13 - fold.abs(), 0.03)
+    tissue = over(over(torch.full(shape, 0.72), 0.47, cortex), 0.16, 0.9 * sulci)
+    nuclei_show = soft(0.13 - (level - 0.46).abs(), 0.03)
+    horn, belly = rand(0.8, 1.25), rand(0.9, 1.1)
+    ventricle = torch.zeros(shape)
+    for side in (-1, 1):
+        u, size_v = x * side - 0.02, horn * rand(0.88, 1.12)
+        for cx, cy, rx, ry, lean in ((0.30, -0.02, 0.085, 0.17, 0.1), (0.13, 0.05, 0.085, 0.15, -0.25)):  # putamen, thalamus
+            where = soft(1 - (((u - cx - lean * y) / rx).square() + ((y - cy) / ry).square()).sqrt(), 0.12)
+            tissue = over(tissue, 0.56, where * nuclei_show)
+        open_ = (1 - ((level - 0.56) / 0.20).square()).clamp(min=0).sqrt() * size_v
+        front = ((u - 0.075 - 0.25 * (y + 0.12).clamp(max=0).abs()) / 0.058).square() + ((y + 0.16) / 0.17).square()
+        back = ((u - 0.13 - 0.35 * (y - 0.2)) / 0.062).square() + ((y - 0.24) / (0.17 * belly)).square()
+        for d in (front, back):
+            ventricle = torch.maximum(ventricle, soft(open_ - d.sqrt(), 0.10) * (open_ > 0.05))
+    tissue = over(tissue, 0.14, ventricle)
+    falx = soft(0.010 - x.abs(), 0.006) * torch.maximum(soft(y.abs() - 0.42, 0.02), soft(level - 0.74, 0.02))
+    tissue = over(tissue, 0.20, falx)
+    pre = torch.full(shape, 0.02)
+    for value, border in ((0.82, 1.0), (0.10, 0.94), (0.16, 0.87)):           # scalp, skull, CSF
+        pre = over(pre, value * (1 + 0.06 * smooth_noise(shape, (3, 8, 8), g)), soft(border - r))
+    pre = over(pre, tissue, brain)
+    post = pre.clone()
+    for cy, cx, radius in ((0.80 * length, 0.0, 0.022), (rand(-0.2, 0.2), rand(0.3, 0.5), 0.014), (rand(-0.2, 0.2), -rand(0.3, 0.5), 0.014)):
+        vessel = soft(radius - ((x - cx * shrink).square() + (y - cy * shrink).square()).sqrt(), 0.006)
+        post = over(post, 0.98, vessel * soft(0.90 - r))                      # sagittal sinus and two vessels
+    seg = torch.zeros(shape, dtype=torch.bool)
+    for _ in range(1 + min(9, int(torch.poisson(torch.tensor(4.0), generator=g)))):
+        for _ in range(100):                                                  # a place inside the brain, off the ventricles
+            z, cy, cx = int(rand(0, slices)), rand(-0.75, 0.75), rand(-0.6, 0.6)
+            i, j = (int(((c + s) + 1) / 2 * size) for c, s in ((cy, shift[1]), (cx, shift[0])))
+            if depth[z, i, j] > 0.10 and ventricle[z, i, j] < 0.1:
+                break
+        radius = min(max(6.5 * math.exp(0.5 * float(torch.randn((), generator=g))), 3.0), 20.0)      # mm
+        mm = size * spacing[1] / 2                                            # of one unit of x
+        dz = (torch.arange(slices) - z - rand(-0.4, 0.4))[:, None, None] * spacing[0]
+        px, py = x[0, i, j], y[0, i, j]
+        stretch, turn = rand(0.8, 1.25), rand(0, math.pi)
+        along = ((x - px) * math.cos(turn) + (y - py) * math.sin(turn)) * stretch
+        across = ((y - py) * math.cos(turn) - (x - px) * math.sin(turn)) / stretch
+        d = ((along.square() + across.square()) * mm ** 2 + dz.square()).sqrt() / radius
+        d = d * (1 + 0.10 * smooth_noise(shape, (2, 12, 12), g))
+        width_mm = edge * mm / radius
+        body, ring = soft(1 - d, width_mm / 2) * soft(depth, edge), radius > 7 and rand(0, 1) < 0.6
+        halo = soft(rand(1.3, 1.9) - d, 0.12) * soft(depth - 0.03, edge) * (1 - ventricle)
+        for image, rim in ((pre, 0.44), (post, rand(0.92, 1.05))):
+            image.copy_(over(image, image * 0.78, halo))
+            image.copy_(over(image, rim, body))
+            if ring:
+                image.copy_(over(image, 0.30, soft(rand(0.55, 0.72) - d, width_mm / 2) * soft(depth, edge)))
+        seg |= body > 0.5
+    bias = torch.exp(0.07 * smooth_noise(shape, (2, 2, 2), g))
+    noise = lambda: 0.018 * torch.randn(2, *shape, generator=g)
+    kernel = torch.tensor([1.0, 4, 1]).outer(torch.tensor([1.0, 4, 1]))[None, None] / 36             # the scanner's point spread
+    blur = lambda v: F.conv2d(F.pad(v[:, None], (1, 1, 1, 1), mode='replicate'), kernel)[:, 0]
+    magnitude = lambda v: ((v + noise()[0]).square() + noise()[1].square()).sqrt()           # Rician
+    return magnitude(blur(pre * bias)).numpy(), magnitude(blur(post * bias)).numpy(), seg.numpy().astype(np.uint8), spacing
+
+
+def make_phantom(directory, patients=PHANTOM['patients'], seed=0, slices=PHANTOM['slices'], size=PHANTOM['size']):
+    """Writes the phantom in the BrainMetShare layout: bravo, t1_pre (uint8) and seg. Patient i is the same in any set."""
+    directory = Path(directory)
+    for i in progress(range(patients), 'phantom', leave=False):
+        folder = directory / f'phantom_{seed}_{i:03d}'
+        if not folder.exists():
+            pre, post, seg, spacing = phantom_patient(generator('phantom', seed, i), slices, size)
+            scale = 255 / max(pre.max(), post.max())
+            write_patient(folder, {'t1_pre': np.uint8(pre * scale), 'bravo': np.uint8(post * scale)}, seg, spacing)
+    return directory
+
+
+def phantom_root(cache='runs/cache'):
+    """The built-in phantom, written once beside the cache; the run says that it is not real."""
+    directory = Path(cache).parent / 'phantom'
+    print0(f'no --data given: using the built-in phantom in {directory} ({PHANTOM["patients"]} made-up patients)')
+    if rank() == 0:
+        make_phantom(directory)
+    barrier()
+    return directory
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4  Networks
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def attention(q, k, v):
+    """softmax(q k^T / sqrt(d)) v for (B, heads, N, d). Every attention of this repository goes through here.
+
+    On the CPU two plain matmuls: there they beat the fused kernel in bf16 and tie in fp32; the softmax is fp32.
+    """
+    if q.device.type == 'cuda':
+        return F.scaled_dot_product_attention(q, k, v)
+    weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    return weights.float().softmax(-1).to(v.dtype) @ v
+
+
+class Attention(nn.Module):
+    """Multi-head attention over tokens (B,N,C): to themselves, or to a context (B,M,context_dim) when that is given."""
+
+    def __init__(self, channels, head_channels, context_dim=None, bias=True):
+        super().__init__()
+        if channels % head_channels:
+            fail(f'--head-channels {head_channels}: does not divide the {channels} channels of an attention level')
+        self.heads = channels // head_channels
+        if context_dim is None:
+            self.qkv = nn.Linear(channels, 3 * channels, bias)
+        else:
+            self.q, self.kv = nn.Linear(channels, channels, bias), nn.Linear(context_dim, 2 * channels, bias)
+        self.out = nn.Linear(channels, channels)
+
+    def forward(self, x, context=None):
+        split = lambda a, n: a.unflatten(-1, (n, self.heads, -1)).permute(2, 0, 3, 1, 4)      # (n, B, heads, N, d)
+        q, k, v = split(self.qkv(x), 3) if context is None else (*split(self.q(x), 1), *split(self.kv(context), 2))
+        return self.out(attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class SpatialAttention(nn.Module):
+    """x + attention(norm(x)) over the positions of a feature map (MONAI's SpatialAttentionBlock)."""
+
+    def __init__(self, channels, head_channels, groups, conv):
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.attn = Attention(channels, head_channels)
+
+    def forward(self, x, context=None):
+        tokens = self.norm(x).flatten(2).transpose(1, 2)                                       # (B, N, C)
+        return x + self.attn(tokens).transpose(1, 2).reshape(x.shape)
+
+
+class SpatialTransformer(nn.Module):
+    """Self-attention, cross-attention to a context (B,M,context_dim), GEGLU: MONAI's SpatialTransformer with one block."""
+
+    def __init__(self, channels, head_channels, groups, conv, context_dim):
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.proj_in, self.proj_out = conv(channels, channels, 1), conv(channels, channels, 1)
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(channels) for _ in range(3))
+        self.attn1 = Attention(channels, head_channels, bias=False)
+        self.attn2 = Attention(channels, head_channels, context_dim, bias=False)
+        self.ff1, self.ff2 = nn.Linear(channels, 8 * channels), nn.Linear(4 * channels, channels)
+        zero_(self.proj_out)
+
+    def forward(self, x, context):
+        h = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)
+        h = h + self.attn1(self.norm1(h))
+        h = h + self.attn2(self.norm2(h), context)
+        value, gate = self.ff1(self.norm3(h)).chunk(2, -1)
+        h = h + self.ff2(value * F.gelu(gate))
+        return x + self.proj_out(h.transpose(1, 2).reshape(x.shape))
+
+
+def zero_(layer):
+    for p in layer.parameters():
+        nn.init.zeros_(p)
+    return layer
+
+
+class ResBlock(nn.Module):
+    """GroupNorm, SiLU, conv, + time embedding, GroupNorm, SiLU, conv (zero at the start), + shortcut."""
+
+    def __init__(self, in_channels, out_channels, embed, groups, conv):
+        super().__init__()
+        self.norm1, self.conv1 = nn.GroupNorm(groups(in_channels), in_channels, eps=1e-6), conv(in_channels, out_channels)
+        self.time = nn.Linear(embed, out_channels)
+        self.norm2, self.conv2 = nn.GroupNorm(groups(out_channels), out_channels, eps=1e-6), zero_(conv(out_channels, out_channels))
+        self.skip = nn.Identity() if in_channels == out_channels else conv(in_channels, out_channels, 1)
+
+    def forward(self, x, emb):
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = h + self.time(emb)[(...,) + (None,) * (x.ndim - 2)]
+        return self.skip(x) + self.conv2(F.silu(self.norm2(h)))
+
+
+class Upsample(nn.Module):
+    """Nearest upsampling by 2, then a 3-wide convolution, computed on the small grid.
+
+    Each output position sees the small grid through 2 taps an axis (a phase: the 3 weights, two of them summed), so one
+    2-wide convolution with 2^dims times the channels does it in 4/9 (2D) or 8/27 (3D) of the multiplications.
+    """
+
+    def __init__(self, channels, conv):
+        super().__init__()
+        self.conv = conv(channels, channels)
+
+    def forward(self, x):
+        w, dims = self.conv.weight, x.ndim - 2
+        # row p of `taps` = phase: phase 0 sees (w0, w1 + w2), phase 1 sees (w0 + w1, w2)
+        taps = w.new_tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])                  # (phase, tap, weight)
+        axes = 'xyz'[:dims]
+        rule = 'oi' + axes + ''.join(f',{a.upper()}{b}{a}' for a, b in zip(axes, 'rst')) + '->' + axes.upper() + 'oi' + 'rst'[:dims]
+        small = torch.einsum(rule, w, *[taps] * dims)                                          # (2,.., O, I, 2,..)
+        outs = (F.conv2d, F.conv3d)[dims - 2](x, small.flatten(0, dims), self.conv.bias.repeat(2 ** dims), padding=1)
+        n, c = x.shape[2:], len(self.conv.bias)
+        y = torch.empty(x.shape[0], c, *(2 * s for s in n), dtype=outs.dtype, device=x.device,
+                        memory_format=torch.channels_last if dims == 2 and outs.is_contiguous(memory_format=torch.channels_last)
+                        else torch.contiguous_format)
+        for i in range(2 ** dims):
+            phase = [(i >> (dims - 1 - a)) & 1 for a in range(dims)]
+            part = outs[(slice(None), slice(i * c, (i + 1) * c), *(slice(p, p + s) for p, s in zip(phase, n)))]
+            y[(..., *(slice(p, None, 2) for p in phase))] = part
+        return y
+
+
+def time_embedding(t, channels, max_period=10000):
+    """Sinusoids of t (B,) in fp32: cosines, then sines (Ho 2020); a zero column when channels is odd."""
+    half = channels // 2
+    freqs = torch.exp(-math.log(max_period) / half * torch.arange(half, device=t.device, dtype=torch.float32))
+    args = t.float()[:, None] * freqs
+    return F.pad(torch.cat([args.cos(), args.sin()], 1), (0, channels % 2))
+
+
+class UNet(nn.Module):
+    """The U-Net of Ho 2020 / Rombach 2022 in 2D or 3D: same function as MONAI's DiffusionModelUNet for the same weights.
+
+    channels: width of each level, halving the size from one to the next; attention: 1 where a level attends (to itself,
+    and with context_dim set also to the context); layers: residual blocks a level (the way up has one more).
+    extra_dim: length of the vector `extra`, joined to the time embedding through a layer that starts at zero.
+    """
+
+    def __init__(self, in_channels, out_channels, channels=(128, 256, 256), attention=(0, 1, 1), layers=1,
+                 head_channels=256, context_dim=None, dims=2, extra_dim=0):
+        super().__init__()
+        if len(attention) != len(channels):
+            fail(f'--attention has {len(attention)} levels, --channels {len(channels)}; give one 0 or 1 for each level')
+        self.dims, self.scale, self.width, self.context_dim = dims, 2 ** (len(channels) - 1), channels[0], context_dim
+        Conv = nn.Conv2d if dims == 2 else nn.Conv3d
+        conv = lambda i, o, k=3, stride=1: Conv(i, o, k, stride, k // 2)
+        groups = lambda c: math.gcd(c, 32)
+        embed = 4 * channels[0]
+        res = lambda i, o: ResBlock(i, o, embed, groups, conv)
+
+        def attend(level):
+            c = channels[level]
+            if context_dim:
+                return SpatialTransformer(c, min(head_channels, c), groups(c), conv, context_dim)
+            return SpatialAttention(c, min(head_channels, c), groups(c), conv)
+
+        self.conv_in = conv(in_channels, channels[0])
+        self.time_embed = nn.Sequential(nn.Linear(channels[0], embed), nn.SiLU(), nn.Linear(embed, embed))
+        self.extra_embed = nn.Sequential(nn.Linear(extra_dim, embed), nn.SiLU(), zero_(nn.Linear(embed, embed))) if extra_dim else None
+        self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
+        c, skips, last = channels[0], [channels[0]], len(channels) - 1
+        for level, o in enumerate(channels):
+            block = nn.ModuleDict(dict(resnets=nn.ModuleList(), attentions=nn.ModuleList()))
+            for _ in range(layers):
+                block.resnets.append(res(c, o))
+                if attention[level]:
+                    block.attentions.append(attend(level))
+                c = o
+                skips.append(c)
+            if level < last:
+                block['resample'] = conv(c, c, 3, 2)
+                skips.append(c)
+            self.down_blocks.append(block)
+        self.middle_block = nn.ModuleDict(dict(resnet_1=res(c, c), attention=attend(last), resnet_2=res(c, c)))
+        for level, o in reversed(list(enumerate(channels))):
+            block = nn.ModuleDict(dict(resnets=nn.ModuleList(), attentions=nn.ModuleList()))
+            for _ in range(layers + 1):
+                block.resnets.append(res(c + skips.pop(), o))
+                if attention[level]:
+                    block.attentions.append(attend(level))
+                c = o
+            if level > 0:
+                block['resample'] = Upsample(c, conv)
+            self.up_blocks.append(block)
+        self.out = nn.Sequential(nn.GroupNorm(groups(c), c, eps=1e-6), nn.SiLU(), zero_(conv(c, out_channels)))
+
+    def forward(self, x, t, context=None, extra=None):
+        """x (B,in_channels,*spatial), t (B,) in [0,1], context (B,M,context_dim), extra (B,extra_dim) -> (B,out,*spatial)."""
+        assert all(s % self.scale == 0 for s in x.shape[2:]), f'size {tuple(x.shape[2:])} is not a multiple of {self.scale}'
+        assert (context is None) == (self.context_dim is None), 'context and context_dim go together'
+        emb = self.time_embed(time_embedding(1000 * t.float(), self.width).to(self.conv_in.weight.dtype))
+        if self.extra_embed is not None:
+            emb = emb + self.extra_embed(extra)
+        emb = F.silu(emb)
+
+        def level(block, h, skips=None, keep=None):
+            for i, resnet in enumerate(block.resnets):
+                h = resnet(h if skips is None else torch.cat([h, skips.pop()], 1), emb)
+                if len(block.attentions):
+                    h = block.attentions[i](h, context)
+                if keep is not None:
+                    keep.append(h)
+            if 'resample' in block:
+                h = block['resample'](h)
+                if keep is not None:
+                    keep.append(h)
+            return h
+
+        h = self.conv_in(x)
+        skips = [h]
+        for block in self.down_blocks:
+            h = level(block, h, keep=skips)
+        mid = self.middle_block
+        h = mid.resnet_2(mid.attention(mid.resnet_1(h, emb), context), emb)
+        for block in self.up_blocks:
+            h = level(block, h, skips)
+        return self.out(h)
+
+
+def load_monai(state_dict):
+    """A MONAI DiffusionModelUNet state dict (core or GenerativeModels) under UNet's names, for load_state_dict(strict=True)."""
+    rename = [('.conv.weight', '.weight'), ('.conv.bias', '.bias'), ('downsampler.op', 'resample'),
+              ('upsampler.postconv', 'resample.conv'), ('upsampler.conv', 'resample.conv'), ('upsampler.', 'resample.conv.'),
+              ('skip_connection', 'skip'), ('time_emb_proj', 'time'), ('transformer_blocks.0.', ''), ('out_proj', 'out'),
+              ('to_out.0', 'out'), ('ff.linear1', 'ff1'), ('ff.linear2', 'ff2'), ('ff.net.0.proj', 'ff1'), ('ff.net.2', 'ff2')]
+    flat, out = {}, {}
+    for key, value in state_dict.items():
+        for old, new in rename:
+            key = key.replace(old, new)
+        if 'attn' not in key or 'proj_attn' in key:                            # GenerativeModels: no .attn. level
+            key = re.sub(r'(attentions\.\d+|middle_block\.attention)\.(to_[qkv]|proj_attn)\.', r'\1.attn.\2.', key)
+        flat[key.replace('proj_attn', 'out').replace('resample.conv.conv', 'resample.conv')] = value
+    for key, value in flat.items():
+        stem, name = key.rsplit('.', 1)
+        near = lambda letter: flat[f'{stem[:-4]}to_{letter}.{name}']
+        if stem.endswith('attn2.to_q'):
+            out[f'{stem[:-4]}q.{name}'] = value
+        elif stem.endswith('attn2.to_k'):
+            out[f'{stem[:-4]}kv.{name}'] = torch.cat([near('k'), near('v')])
+        elif stem.endswith('.to_q'):
+            out[f'{stem[:-4]}qkv.{name}'] = torch.cat([near('q'), near('k'), near('v')])
+        elif not stem.endswith(('.to_k', '.to_v')):
+            out[key] = value
+    return out
+
+
+def build_net(args, in_channels, out_channels, extra_dim=0, context_dim=None):
+    """The network that the flags (or a stored run's) describe."""
+    return UNet(in_channels, out_channels, tuple(args.channels), tuple(args.attention), args.layers, args.head_channels,
+                context_dim, extra_dim=extra_dim)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5  Processes
+# ---------------------------------------------------------------------------------------------------------------------
+# x_t = alpha(t) x_0 + sigma(t) eps, t=0 data, t=1 noise. All of a process is in alpha, sigma and log_snr.
+
+
+def like(value, x):
+    """A per-image value (B,) or number, shaped to multiply x (B,C,...)."""
+    return value.reshape(-1, *(1,) * (x.ndim - 1)) if torch.is_tensor(value) else value
+
+
+class Process:
+    """What DDPM and RFlow share. steps: the time grid {1..steps}/steps of the training (0: continuous)."""
+
+    range = (-1.0, 1.0)                         # of x_0 inside the process; (0, 1) for networks from elsewhere (--init-range)
+
+    def to_range(self, x):
+        """From the data's [-1, 1] to the process's range."""
+        return self.range[0] + (x + 1) * ((self.range[1] - self.range[0]) / 2) if self.range != (-1.0, 1.0) else x
+
+    def from_range(self, x):
+        return (x - self.range[0]) * (2 / (self.range[1] - self.range[0])) - 1 if self.range != (-1.0, 1.0) else x
+
+    def draw_t(self, n, g, logit_normal=False):
+        """n training times in (0, 1], on the grid if there is one. Logit-normal: sigmoid(N(0,1)) (Esser 2024, eq. 19)."""
+        t = torch.randn(n, generator=g).sigmoid() if logit_normal else 1 - torch.rand(n, generator=g)
+        return torch.ceil(t * self.steps).clamp(1, self.steps) / self.steps if self.steps else t
+
+    def times(self, n):
+        """n+1 decreasing solver times from 1 to 0, on the grid that the network was trained on."""
+        if self.steps and n > self.steps:
+            fail(f'--steps {n}: this run was trained on a grid of {self.steps} times; use at most {self.steps}')
+        ts = torch.linspace(1, 0, n + 1, dtype=torch.float64)
+        return (torch.round(ts * self.steps) / self.steps if self.steps else ts).float()
+
+    def target_of(self, x_0, eps, t):
+        """What the network is asked for."""
+        a, s = like(self.alpha(t), x_0), like(self.sigma(t), x_0)
+        return {'eps': eps, 'x0': x_0, 'v': self.v_of(x_0, eps, a, s)}[self.target]
+
+    def min_snr(self, t, gamma):
+        """Loss weight of Min-SNR-gamma (Hang 2023): min(SNR, gamma) on the x_0 error, whatever the target.
+
+        In each target's own space, with SNR = 0 and infinity safe: eps min(1, gamma/SNR), x0 min(SNR, gamma),
+        v of DDPM min(SNR, gamma)/(SNR + 1), v of RFlow min((1-t)^2, gamma t^2).
+        """
+        if self.target == 'eps':
+            return (gamma * torch.exp(-self.log_snr(t))).clamp(max=1)
+        if self.target == 'x0':
+            return torch.exp(self.log_snr(t)).clamp(max=gamma)
+        return torch.minimum(self.alpha(t) ** 2, gamma * self.sigma(t) ** 2)      # = min(SNR, gamma) sigma^2
+
+    def loss(self, net, x_0, eps, t, mask=None, context=None, extra=None, min_snr=0.0):
+        """Per image: weighted loss (B,), plain squared error (B,), and x0_hat (B,C,...), for noise eps at times t (B,)."""
+        a, s = like(self.alpha(t), x_0), like(self.sigma(t), x_0)
+        x_t = a * x_0 + s * eps
+        out = net(x_t if mask is None else torch.cat([x_t, mask], 1), self.net_time(t), context, extra).float()
+        error = (out - self.target_of(x_0, eps, t)).square().flatten(1).mean(1)
+        return error * self.min_snr(t, min_snr) if min_snr else error, error, self.split(out, x_t, a, s)[0]
+
+
+class DDPM(Process):
+    """Variance preserving, alpha^2 + sigma^2 = 1, on `steps` times t = k/steps (Ho 2020; cosine: Nichol 2021).
+
+    target: eps | v = alpha eps - sigma x_0 (Salimans 2022) | x0. The network is fed (k-1)/steps, so that with 1000 steps
+    its embedding sees the integers 0..999 that published DDPM checkpoints were trained on.
+    """
+
+    def __init__(self, steps=1000, schedule='linear', target='eps'):
+        self.steps, self.schedule, self.target = steps, schedule, target
+        k = torch.arange(steps, dtype=torch.float64)
+        if schedule == 'linear':
+            beta = torch.linspace(1e-4, 2e-2, steps, dtype=torch.float64) * 1000 / steps
+        else:
+            f = lambda u: torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+            beta = 1 - f((k + 1) / steps) / f(k / steps)
+        alpha_bar = torch.cumprod(1 - beta.clamp(max=0.999), 0)
+        self.table = (torch.log(alpha_bar) - torch.log1p(-alpha_bar)).float()          # log-SNR at t = 1/steps ... 1
+
+    def log_snr(self, t):
+        """Linear between grid times; below the first one sigma/alpha falls linearly to 0 at t=0 (infinite log-SNR)."""
+        t = torch.as_tensor(t, dtype=torch.float32)
+        table, k = self.table.to(t.device), t * self.steps
+        k = torch.where((k - k.round()).abs() < 1e-3, k.round(), k)                   # t is rounded, the grid is not
+        low = (k.floor().long() - 1).clamp(0, self.steps - 1)
+        high = (low + 1).clamp(max=self.steps - 1)
+        inside = table[low] + (k - 1 - low).clamp(0, 1) * (table[high] - table[low])
+        return torch.where(k < 1, table[0] - 2 * torch.log(k.clamp(min=0)), inside)
+
+    def alpha(self, t):
+        return torch.sigmoid(self.log_snr(t)).sqrt()
+
+    def sigma(self, t):
+        return torch.sigmoid(-self.log_snr(t)).sqrt()
+
+    def net_time(self, t):
+        return t - 1 / self.steps
+
+    def v_of(self, x_0, eps, a, s):
+        return a * eps - s * x_0
+
+    def split(self, out, x_t, a, s):
+        """The network's output as x0_hat, eps_hat."""
+        if self.target == 'eps':
+            return (x_t - s * out) / a, out
+        if self.target == 'x0':
+            return out, (x_t - a * out) / s
+        return a * x_t - s * out, s * x_t + a * out
+
+
+class RFlow(Process):
+    """Rectified flow (Liu 2022): alpha = 1 - t, sigma = t, the network predicts v = eps - x_0 and is fed t.
+
+    steps = N trains on t in {1..N}/N, pure noise (t=1) included; 0 is continuous.
+    """
+
+    target = 'v'
+
+    def __init__(self, steps=0):
+        self.steps = steps
+
+    def alpha(self, t):
+        return 1 - torch.as_tensor(t, dtype=torch.float32)
+
+    def sigma(self, t):
+        return torch.as_tensor(t, dtype=torch.float32)
+
+    def log_snr(self, t):
+        t = torch.as_tensor(t, dtype=torch.float32)
+        return 2 * (torch.log1p(-t) - torch.log(t))
+
+    def net_time(self, t):
+        return t
+
+    def v_of(self, x_0, eps, a, s):
+        return eps - x_0
+
+    def split(self, out, x_t, a, s):
+        return x_t - s * out, x_t + a * out
+
+
+def build_process(args):
+    process = RFlow(args.steps) if args.rflow else DDPM(args.steps, args.schedule, args.target)
+    process.range = tuple(args.init_range or (-1.0, 1.0))
+    return process
+
+
+def make_denoise(net, process, mask=None, context=None, extra=None, dtype='fp32', clip=False):
+    """denoise(x_t, t) -> x0_hat, eps_hat, in fp32: the one door between a network and a sampler.
+
+    mask (B,M,H,W) and extra (B,E) are the conditions of the B images. clip bounds x0_hat to the data's range and moves
+    eps_hat along, so that alpha x0_hat + sigma eps_hat = x_t still holds. t: a number or 0-d tensor.
+    """
+
+    def denoise(x_t, t):
+        t = torch.as_tensor(t, dtype=torch.float32, device=x_t.device).expand(len(x_t))
+        a, s = like(process.alpha(t), x_t), like(process.sigma(t), x_t)
+        with autocast(x_t.device, dtype):
+            out = net(x_t if mask is None else torch.cat([x_t, mask], 1), process.net_time(t), context, extra)
+        x_0, eps = process.split(out.float(), x_t, a, s)
+        if clip:
+            x_0 = x_0.clamp(*process.range)
+            eps = (x_t - a * x_0) / s
+        return x_0, eps
+
+    return denoise
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 6  Samplers
+# ---------------------------------------------------------------------------------------------------------------------
+# sample_NAME(denoise, x, ts, process, noise, callback): x (B,C,...) is the state at ts[0], ts decreases to ts[-1] = 0; noise()
+# gives fresh eps like x; callback(i, t, x_t, x0_hat) before each step. Gradients flow: the caller says no_grad.
+# Every Gaussian process obeys dx = x0_hat d(alpha) + eps_hat d(sigma), so one formula serves DDPM and RFlow.
+
+
+def sample_ddim(denoise, x, ts, process, noise=None, callback=None, eta=0.0):
+    """DDIM (Song 2021, eq. 12 and 16), for any alpha and sigma; eta=0 is deterministic, eta=1 is ancestral. NFE = N."""
+    for i, (t, u) in enumerate(zip(ts[:-1], ts[1:])):
+        x_0, eps = denoise(x, t)
+        if callback:
+            callback(i, float(t), x, x_0)
+        a, s, a_u, s_u = process.alpha(t), process.sigma(t), process.alpha(u), process.sigma(u)
+        # std of q(x_u | x_t, x_0): the noise of u -> t is s^2 - (a/a_u)^2 s_u^2, its share at u is s_u/s
+        up = eta * (s ** 2 - (a / a_u * s_u) ** 2).clamp(min=0).sqrt() * s_u / s if eta else torch.zeros(())
+        x = a_u * x_0 + (s_u ** 2 - up ** 2).clamp(min=0).sqrt() * eps
+        if eta and s_u > 0:
+            x = x + up * noise()
+    return x
+
+
+def sample_ddpm(denoise, x, ts, process, noise=None, callback=None):
+    """Ancestral sampling with the posterior's variance (Ho 2020, eq. 6-7), on any subset of the times. NFE = N."""
+    return sample_ddim(denoise, x, ts, process, noise, callback, eta=1.0)
+
+
+def sample_euler(denoise, x, ts, process, noise=None, callback=None):
+    """Euler on dx = x0_hat d(alpha) + eps_hat d(sigma). For RFlow x += (u - t) v; for DDPM it is DDIM. NFE = N."""
+    return sample_ddim(denoise, x, ts, process, noise, callback)
+
+
+def sample_heun(denoise, x, ts, process, noise=None, callback=None):
+    """Trapezoid rule on the same equation, second order; the last step is Euler (no network at t=0). NFE = 2N - 1."""
+    for i, (t, u) in enumerate(zip(ts[:-1], ts[1:])):
+        x_0, eps = denoise(x, t)
+        if callback:
+            callback(i, float(t), x, x_0)
+        da, ds = process.alpha(u) - process.alpha(t), process.sigma(u) - process.sigma(t)
+        slope = da * x_0 + ds * eps
+        if u > 0:
+            x_0, eps = denoise(x + slope, u)
+            slope = (slope + da * x_0 + ds * eps) / 2
+        x = x + slope
+    return x
+
+
+SAMPLERS = {'ddpm': sample_ddpm, 'ddim': sample_ddim, 'euler': sample_euler, 'heun': sample_heun}
+
+
+def nfe(sampler, n):
+    """Network forwards for one image with n steps."""
+    return 2 * n - 1 if sampler == 'heun' else n
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 7  Pictures
+# ---------------------------------------------------------------------------------------------------------------------
+COLOURS = ((31, 119, 180), (214, 39, 40), (44, 160, 44), (255, 127, 14), (148, 103, 189), (23, 190, 207), (140, 86, 75), (90, 90, 90))
+
+
+def to_rgb(image):
+    """(H,W) in [-1,1] -> (H,W,3) uint8."""
+    grey = np.uint8(np.clip((np.asarray(image, np.float32) + 1) * 127.5 + 0.5, 0, 255))
+    return np.repeat(grey[..., None], 3, -1)
+
+
+def outline(image, mask, colour=(255, 80, 60), zoom=1):
+    """A slice (H,W) in [-1,1] enlarged, with the border of a mask (H,W) drawn on it: (zoom H, zoom W, 3) uint8."""
+    rgb = to_rgb(image).repeat(zoom, 0).repeat(zoom, 1)
+    m = (np.asarray(mask) > 0).repeat(zoom, 0).repeat(zoom, 1)
+    p = np.pad(m, 1)
+    inner = p[:-2, 1:-1] & p[2:, 1:-1] & p[1:-1, :-2] & p[1:-1, 2:]
+    rgb[m & ~inner] = colour
+    return rgb
+
+
+def grid_png(rows, labels=None, zoom=1):
+    """A PNG, as bytes, of rows of pictures, (H,W) in [-1,1] or (H,W,3) uint8, with a label at the left of each row."""
+    rows = [[p if np.ndim(p) == 3 else to_rgb(p).repeat(zoom, 0).repeat(zoom, 1) for p in row] for row in rows]
+    pad, left = 2, 100 if labels else 0
+    h, w = rows[0][0].shape[:2]
+    sheet = Image.new('RGB', (left + (w + pad) * max(map(len, rows)), (h + pad) * len(rows)), (255, 255, 255))
+    draw = ImageDraw.Draw(sheet)
+    for i, row in enumerate(rows):
+        if labels:
+            draw.text((4, i * (h + pad) + h // 2 - 6), labels[i], (0, 0, 0), ImageFont.load_default(12))
+        for j, p in enumerate(row):
+            sheet.paste(Image.fromarray(p), (left + j * (w + pad), i * (h + pad)))
+    buffer = io.BytesIO()
+    sheet.save(buffer, 'PNG', optimize=True)
+    return buffer.getvalue()
+
+
+def save_grid(path, rows, labels=None, zoom=1):
+    atomic_write(path, grid_png(rows, labels, zoom))
+
+
+def plot(path, curves, title, xlabel, ylabel, logx=False, logy=False, size=(640, 400)):
+    """A line plot as PNG. curves: {name: (xs, ys)}; a name that starts with '.' is drawn as points."""
+    W, H, L, R, T, B = *size, 64, 16, 30, 46
+    fx, fy = (math.log10 if logx else float), (math.log10 if logy else float)
+    points = {n: [(fx(x), fy(y)) for x, y in zip(*c) if math.isfinite(x) and math.isfinite(y) and (x > 0 or not logx)
+                  and (y > 0 or not logy)] for n, c in curves.items()}
+    xs, ys = [p[0] for c in points.values() for p in c] or [0, 1], [p[1] for c in points.values() for p in c] or [0, 1]
+    x0, x1, y0, y1 = min(xs), max(xs), min(ys), max(ys)
+    x1, y1 = x1 + (x1 == x0), y1 + (y1 == y0)
+    put = lambda p: (L + (p[0] - x0) / (x1 - x0) * (W - L - R), H - B - (p[1] - y0) / (y1 - y0) * (H - T - B))
+    image = Image.new('RGB', (W, H), (255, 255, 255))
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(12)
+
+    def ticks(low, high, log):
+        if log and high - low >= 1:
+            return [k for k in range(math.ceil(low), math.floor(high) + 1)]
+        step = 10 ** math.floor(math.log10((high - low) / 2))
+        step *= next(m for m in (1, 2, 5, 10) if (high - low) / (step * m) <= 6)
+        return [k * step for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+    for axis, (low, high, log) in enumerate(((x0, x1, logx), (y0, y1, logy))):
+        for k in ticks(low, high, log):
+            text, at = f'{10 ** k:.3g}' if log else f'{k:.4g}', put((k, y0) if axis == 0 else (x0, k))
+            draw.line([(at[0], T), (at[0], H - B)] if axis == 0 else [(L, at[1]), (W - R, at[1])], (225, 225, 225))
+            width = draw.textlength(text, font)
+            draw.text((at[0] - width / 2, H - B + 4) if axis == 0 else (L - width - 6, at[1] - 7), text, (60, 60, 60), font)
+    draw.rectangle([L, T, W - R, H - B], outline=(120, 120, 120))
+    draw.text((L, 8), title, (0, 0, 0), font)
+    draw.text(((W - draw.textlength(xlabel, font)) / 2, H - 20), xlabel, (0, 0, 0), font)
+    draw.text((W - R - draw.textlength(ylabel, font), 8), ylabel, (60, 60, 60), font)
+    for i, (name, c) in enumerate(points.items()):
+        colour, spots = COLOURS[i % len(COLOURS)], [put(p) for p in c]
+        if name.startswith('.') or len(spots) == 1:
+            for px, py in spots:
+                draw.ellipse([px - 3, py - 3, px + 3, py + 3], fill=colour)
+        elif spots:
+            draw.line(spots, colour, 2, joint='curve')
+        draw.line([(W - R - 150, T + 12 + 15 * i), (W - R - 132, T + 12 + 15 * i)], colour, 3)
+        draw.text((W - R - 126, T + 5 + 15 * i), name.lstrip('.'), (40, 40, 40), font)
+    buffer = io.BytesIO()
+    image.save(buffer, 'PNG')
+    atomic_write(path, buffer.getvalue())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 8  Training
+# ---------------------------------------------------------------------------------------------------------------------
+PRESETS = {
+    'full': dict(size=128, channels=(128, 256, 256), attention=(0, 1, 1), layers=1, head_channels=256, batch_size=16,
+                 lr=1e-4, warmup=500, iters=100_000),
+    'small': dict(size=64, channels=(24, 32, 64, 128), attention=(0, 0, 1, 1), layers=1, head_channels=32, batch_size=8,
+                  lr=1e-3, warmup=40, minutes=7.0),
+    'tiny': dict(size=16, channels=(8, 8), attention=(0, 1), layers=1, head_channels=8, batch_size=4, lr=1e-3, warmup=1, iters=4),
+}
+# May differ when a run goes on; everything else must be as it was.
+FREE = {'device', 'dtype', 'compile', 'out', 'save_every', 'sample_every', 'keep_every', 'cache', 'data', 'minutes', 'lr_find',
+        'perceptual_weights', 'lpips_weights', 'init', 'split'}
+
+
+def train_parser(doc, out):
+    """The flags that train_seg.py and train_bravo.py share."""
+    p = Parser(description=doc)
+    g = p.add_argument_group('data')
+    g.add_argument('--data', nargs='+', metavar='DIR', help='folders with one folder a patient; none: the built-in phantom')
+    g.add_argument('--split', metavar='FILE', help='CSV patient,part instead of the split by name')
+    g.add_argument('--size', type=number(int, 8, 4096), help='pixels a side; none: the preset\'s')
+    g.add_argument('--labels', type=numbers(int, 1), help='mask labels that count as tumour; none: all above 0')
+    g.add_argument('--empty-slices', type=number(float, 0, 1), default=0.2, help='share of slices without tumour')
+    g.add_argument('--speck', type=number(float, 0), default=4.0, help='smaller pieces of a mask are dropped, mm2')
+    g.add_argument('--augment', action='store_true', help='left-right flip, small rotation, scale and shift')
+    g.add_argument('--cache', default='runs/cache', metavar='DIR', help='where decoded slices are kept')
+    g = p.add_argument_group('network')
+    g.add_argument('--preset', choices=('auto', *PRESETS), default='auto', help='auto: full with CUDA, small without')
+    g.add_argument('--channels', type=numbers(int, 1, 8192), help='width of each level; none: the preset\'s')
+    g.add_argument('--attention', type=numbers(int, 0, 1), help='1 for each level that attends; none: the preset\'s')
+    g.add_argument('--layers', type=number(int, 1, 16), help='residual blocks a level; none: the preset\'s')
+    g.add_argument('--head-channels', type=number(int, 1), help='channels of an attention head; none: the preset\'s')
+    g.add_argument('--slice-level', action='store_true', help='condition on the level of the slice, 0 lowest to 1 highest')
+    g = p.add_argument_group('process')
+    g.add_argument('--rflow', action='store_true', help='rectified flow instead of DDPM')
+    g.add_argument('--steps', type=number(int, 0, 100_000), help='time grid; none: 1000 for DDPM, 0 = continuous for --rflow')
+    g.add_argument('--schedule', choices=('linear', 'cosine'), default='cosine', help='of DDPM')
+    g.add_argument('--target', choices=('eps', 'v', 'x0'), default='eps', help='of DDPM; RFlow predicts v = eps - x_0')
+    g.add_argument('--logit-normal', action='store_true', help='draw t as sigmoid(N(0,1)) instead of uniformly')
+    g = p.add_argument_group('training')
+    g.add_argument('--iters', type=number(int, 0), help='optimiser steps; none: the preset\'s length')
+    g.add_argument('--minutes', type=number(float, 0, open_low=True), help='length by time: 20 steps are timed, then it is fixed')
+    g.add_argument('--batch-size', type=number(int, 1), help='images a step, over all processes; none: the preset\'s')
+    g.add_argument('--accumulate', type=number(int, 1), default=1, help='parts that a process cuts its batch into')
+    g.add_argument('--lr', type=number(float, 0, open_low=True), help='peak learning rate; none: the preset\'s')
+    g.add_argument('--warmup', type=number(int, 0), help='steps of linear warm-up; none: the preset\'s')
+    g.add_argument('--lr-find', action='store_true', help='first plot loss against learning rate, suggest one, undo; then train')
+    g.add_argument('--weight-decay', type=number(float, 0), default=0.01, help='of AdamW')
+    g.add_argument('--clip', type=number(float, 0, open_low=True), default=1.0, help='gradient norm')
+    g.add_argument('--ema-decay', type=number(float, 0, 1), default=0.9999, help='of the weight average; 0: the raw weights')
+    g.add_argument('--min-snr', type=number(float, 0), default=0.0, help='gamma of Min-SNR weighting (5 is usual); 0: off')
+    g.add_argument('--init', metavar='FILE', help='start from a run of ours or a MONAI state dict')
+    g.add_argument('--init-target', choices=('eps', 'v', 'x0', 'x0-eps'), help='what a MONAI network predicts')
+    g.add_argument('--init-range', type=numbers(float), help='range of the images that a MONAI network was trained on, as 0,1')
+    g = p.add_argument_group('run')
+    g.add_argument('--out', default=out, metavar='DIR', help='run folder; the same command again resumes')
+    g.add_argument('--seed', type=number(int, 0), default=0)
+    g.add_argument('--device', choices=('auto', 'cpu', 'cuda'), default='auto')
+    g.add_argument('--dtype', choices=('auto', 'bf16', 'fp32'), default='auto', help='bf16: autocast; auto: where it is fast')
+    g.add_argument('--compile', action='store_true', help='torch.compile the network')
+    g.add_argument('--save-every', type=number(int, 1), default=250, help='steps between checkpoints')
+    g.add_argument('--keep-every', type=number(int, 0), default=0, help='also keep every N-th step as ckpt_STEP.pt; 0: none')
+    g.add_argument('--sample-every', type=number(int, 0), default=0, help='steps between pictures; 0: a quarter of the run')
+    return p
+
+
+def finish_args(args):
+    """Presets, defaults that depend on other flags, conflicts. Called by get_args, before any work."""
+    if args.preset == 'auto':
+        args.preset = 'full' if torch.cuda.is_available() and args.device != 'cpu' else 'small'
+    preset = dict(PRESETS[args.preset])
+    if args.iters is not None or args.minutes is not None:
+        preset.pop('iters', None), preset.pop('minutes', None)
+    if args.iters is not None and args.minutes is not None:
+        fail('--iters and --minutes both set the length; give one')
+    for name, value in preset.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.steps is None:
+        args.steps = 0 if args.rflow else 1000
+    if not args.rflow and args.steps < 2:
+        fail(f'--steps {args.steps}: DDPM needs at least 2 times; 0 (continuous) is for --rflow')
+    if args.rflow and args.target not in ('eps', 'v'):
+        fail(f'--target {args.target}: RFlow predicts v = eps - x_0; leave the flag away')
+    if args.rflow:
+        args.target = 'v'
+    if args.logit_normal and not args.rflow:
+        fail('--logit-normal: only with --rflow')
+    if len(args.attention) != len(args.channels):
+        fail(f'--attention has {len(args.attention)} levels, --channels {len(args.channels)}; give one 0 or 1 for each level')
+    for level, (c, a) in enumerate(zip(args.channels, args.attention)):
+        if (a or level == len(args.channels) - 1) and c % min(args.head_channels, c):
+            fail(f'--head-channels {args.head_channels}: does not divide the {c} channels of attention level {level + 1}')
+    step = 2 ** (len(args.channels) - 1)
+    if args.size % step:
+        fail(f'--size {args.size}: {len(args.channels)} levels need a multiple of {step}')
+    parts = args.accumulate * int(os.environ.get('WORLD_SIZE', 1))
+    if args.batch_size % parts:
+        fail(f'--batch-size {args.batch_size}: must be a multiple of processes x --accumulate = {parts}')
+    if (args.init_target or args.init_range) and not args.init:
+        fail('--init-target and --init-range describe a network given with --init; give it')
+    if args.init and not Path(args.init).exists():
+        fail(f'--init {args.init}: no such file')
+    if args.init_range and (len(args.init_range) != 2 or args.init_range[0] >= args.init_range[1]):
+        fail(f'--init-range {args.init_range}: expected two rising numbers, as 0,1')
+    if args.init_target:
+        fits = {'v', 'x0-eps'} if args.rflow else {'eps', 'v', 'x0'}
+        if args.init_target not in fits:
+            fail(f'--init-target {args.init_target}: {"RFlow" if args.rflow else "DDPM"} networks predict {" or ".join(sorted(fits))}')
+        if not args.rflow:
+            args.target = args.init_target
+    if args.split and not Path(args.split).is_file():
+        fail(f'--split {args.split}: no such file; expected a CSV with columns patient,part')
+    for root in args.data or ():
+        if not Path(root).is_dir():
+            fail(f'--data {root}: no such folder; give a folder that holds one folder a patient')
+    if Path(args.out).exists() and not Path(args.out).is_dir():
+        fail(f'--out {args.out}: is a file; give a folder')
+    return args
+
+
+class EMA:
+    """Average of the weights in fp32: decay min(decay, (1 + n)/(10 + n)) at update n, buffers copied (Ho 2020, with warm-up)."""
+
+    def __init__(self, net, decay):
+        self.net, self.decay, self.updates = copy.deepcopy(net).eval().requires_grad_(False), decay, 0
+
+    @torch.no_grad()
+    def update(self, net):
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        torch._foreach_lerp_(list(self.net.parameters()), [p.detach() for p in net.parameters()], 1 - decay)
+        for mine, theirs in zip(self.net.buffers(), net.buffers()):
+            mine.copy_(theirs)
+
+
+def lr_at(step, args):
+    """Linear warm-up to --lr, then half a cosine down to a hundredth of it at --iters (Loshchilov 2017)."""
+    if step < args.warmup:
+        return args.lr * (step + 1) / args.warmup
+    q = (step - args.warmup) / max(args.iters - args.warmup, 1)
+    return args.lr * (0.01 + 0.99 * (1 + math.cos(math.pi * q)) / 2)
+
+
+@contextlib.contextmanager
+def rehearsal(net, opt):
+    """Steps taken inside are undone: network and optimiser come back bit for bit. (Noise is drawn per step, not a state.)"""
+    saved = copy.deepcopy((net.state_dict(), opt.state_dict()))
+    yield
+    net.load_state_dict(saved[0])
+    opt.load_state_dict(saved[1])
+    opt.zero_grad(set_to_none=True)
+
+
+def lr_suggestions(lrs, losses):
+    """Two learning rates from a smoothed range test (Smith 2017): where it falls steepest, and the middle of the valley.
+
+    Valley: half way along the longest strictly falling subsequence, the rule that fastai calls by that name.
+    """
+    lrs, losses = np.asarray(lrs), np.asarray(losses)
+    steep = int(np.gradient(losses, np.log(lrs)).argmin())
+    length, before = np.ones(len(losses), int), np.full(len(losses), -1)
+    for i in range(len(losses)):
+        for j in range(i):
+            if losses[i] < losses[j] and length[j] + 1 > length[i]:
+                length[i], before[i] = length[j] + 1, j
+    end = start = int(length.argmax())
+    while before[start] >= 0:
+        start = before[start]
+    span = end - start
+    return float(lrs[steep]), float(lrs[start + int(span / 3) + int(span / 6)])
+
+
+def lr_find(train_step, net, opt, out, low=1e-6, high=1.0, steps=100):
+    """LR range test on one fixed batch (same images, t and noise, so that only the rate moves the loss), then undone.
+
+    train_step(step, lr) -> loss. Writes lr_find.png and lr_find.csv, prints and returns the valley.
+    """
+    lrs, losses, mean = [], [], 0.0
+    with rehearsal(net, opt):
+        for i in progress(range(steps), 'lr-find', leave=False):
+            lr = low * (high / low) ** (i / (steps - 1))
+            loss = float(train_step(0, lr)[0])
+            mean = 0.8 * mean + 0.2 * loss
+            smooth = mean / (1 - 0.8 ** (i + 1))                      # without bias towards 0
+            if not math.isfinite(loss) or (losses and smooth > 4 * min(losses)):
+                break
+            lrs.append(lr), losses.append(smooth)
+    steep, valley = lr_suggestions(lrs, losses)
+    if rank() == 0:
+        write_csv(out / 'lr_find.csv', ['lr', 'loss'], zip(lrs, losses))
+        plot(out / 'lr_find.png', {'smoothed loss': (lrs, losses), f'valley {valley:.1e}': ([valley] * 2, [min(losses), max(losses)]),
+                                   f'steepest {steep:.1e}': ([steep] * 2, [min(losses), max(losses)])},
+             'LR range test', 'learning rate', 'loss', logx=True, logy=True)
+    print0(f'lr-find: valley {valley:.1e}, steepest {steep:.1e} ({len(lrs)} steps, {out / "lr_find.png"}); undone, training goes '
+           'on with --lr as given')
+    return valley
+
+
+def iters_for(minutes, train_step, net, opt, device, lr):
+    """How many steps fit into that time: 20 are timed after 2 to warm up, all undone. The same number on every rank."""
+    with rehearsal(net, opt):
+        for i in range(22):
+            if i == 2:
+                start = time.perf_counter()
+            float(train_step(i, lr)[0])
+        seconds = torch.tensor([(time.perf_counter() - start) / 20], device=device)
+    if world() > 1:
+        dist.broadcast(seconds, 0)
+    iters = max(int(minutes * 60 / float(seconds)), 1)
+    print0(f'{float(seconds):.3f} s a step: {iters} steps in {minutes:g} minutes')
+    return iters
+
+
+def batch_rows(n, batch, step, seed):
+    """Which of n rows make the batch of a step: epochs of seeded permutations, end to end. A function of the step alone."""
+    at = np.arange(step * batch, (step + 1) * batch)
+    order = {e: torch.randperm(n, generator=generator(seed, 'epoch', int(e))).numpy() for e in np.unique(at // n)}
+    return np.array([order[i // n][i % n] for i in at])
+
+
+def save_checkpoint(out, state, keep_every=0):
+    """Writes out/ckpt.pt and keeps the one before as ckpt.prev.pt. At every moment one of the two is whole.
+
+    Serialised in memory, written aside, fsynced; then two renames. A full disk or a kill leaves the old ones alone.
+    """
+    out, buffer = Path(out), io.BytesIO()
+    torch.save(state, buffer)
+    tmp = out / 'ckpt.pt.tmp'
+    try:
+        with open(tmp, 'wb') as f:
+            f.write(buffer.getbuffer())
+            f.flush()
+            os.fsync(f.fileno())
+        if (out / 'ckpt.pt').exists():
+            os.replace(out / 'ckpt.pt', out / 'ckpt.prev.pt')
+        os.replace(tmp, out / 'ckpt.pt')
+        folder = os.open(out, os.O_RDONLY)                     # the renames themselves must reach the disk
+        os.fsync(folder)
+        os.close(folder)
+        if keep_every and state['step'] % keep_every == 0:
+            shutil.copyfile(out / 'ckpt.pt', out / f'ckpt_{state["step"]}.pt')
+    except OSError as e:
+        tmp.unlink(missing_ok=True)
+        fail(f'{out}: checkpoint of step {state["step"]} could not be saved ({e}); the one before is intact, free some '
+             'space and start the same command again', 1)
+
+
+def load_file(path):
+    """torch.load that runs no code. Fails on anything but tensors and plain values."""
+    try:
+        return torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as e:                                      # torch raises many kinds for a damaged or hostile file
+        fail(f'{path}: is no checkpoint that can be loaded safely ({type(e).__name__}); expected a ckpt.pt of this '
+             'repository or a plain state dict')
+
+
+def load_checkpoint(path):
+    """The state in a run folder (ckpt.pt, or ckpt.prev.pt where that one is missing or damaged) or in a file."""
+    path = Path(path)
+    if path.is_dir():
+        files = [f for f in (path / 'ckpt.pt', path / 'ckpt.prev.pt') if f.exists()]
+        if not files:
+            fail(f'{path}: holds no ckpt.pt; train first, or give another run folder')
+        for f in files[:-1]:
+            try:
+                return torch.load(f, map_location='cpu', weights_only=True)
+            except Exception as e:
+                print0(f'{f}: damaged ({type(e).__name__}); going back to {files[-1].name}')
+        path = files[-1]
+    if not path.exists():
+        fail(f'{path}: no such run folder or checkpoint file')
+    return load_file(path)
+
+
+def open_run(args):
+    """Makes the run folder, or finds the checkpoint to resume from. Returns it or None; fails when the flags differ."""
+    out = Path(args.out)
+    state = load_checkpoint(out) if any((out / f).exists() for f in ('ckpt.pt', 'ckpt.prev.pt')) else None
+    if state is None:
+        if rank() == 0:
+            out.mkdir(parents=True, exist_ok=True)
+        barrier()
+        return None
+    if not isinstance(state, dict) or 'args' not in state or 'opt' not in state:
+        fail(f'{out}: its checkpoint holds no training to resume; choose another --out, or give it to --init')
+    old, new = state['args'], plain(args)
+    if new['minutes'] is not None:                              # its number of steps was frozen when it started
+        new['iters'] = old['iters']
+    changed = [k for k in sorted({*old, *new} - FREE) if old.get(k) != new.get(k)]
+    if changed:
+        told = ', '.join(f'--{k.replace("_", "-")} {new.get(k)} (was {old.get(k)})' for k in changed[:4])
+        fail(f'--out {out}: holds a run with other flags: {told}; choose another --out, or repeat its flags')
+    args.iters = old['iters']
+    return state
+
+
+def plain(args):
+    """The flags as JSON-able values, for the checkpoint and args.json."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(args).items()}
+
+
+def load_init(net, args):
+    """Starts net from --init FILE: a run of ours (its EMA) or a MONAI state dict. Fails when the shapes do not fit."""
+    state = load_checkpoint(args.init)
+    if 'args' in state:
+        weights, theirs = state['ema'], state['args']
+        for name in ('rflow', 'target'):
+            if theirs[name] != getattr(args, name):
+                fail(f'--init {args.init}: was trained with {name} {theirs[name]}, this run has {getattr(args, name)}; make them agree')
+        args.init_range = theirs.get('init_range')
+    else:
+        if not args.init_target:
+            fail(f'--init {args.init}: is not a run of ours; say what it predicts with --init-target eps|v|x0|x0-eps')
+        for key in ('state_dict', 'model_state_dict', 'unet_state_dict', 'model'):
+            state = state[key] if isinstance(state.get(key), dict) else state
+        weights = load_monai({k.removeprefix('module.').removeprefix('_orig_mod.'): v for k, v in state.items()})
+        if args.init_target == 'x0-eps':                        # MONAI's RFlow predicts x_0 - eps: turn the last layer round
+            weights['out.2.weight'], weights['out.2.bias'] = -weights['out.2.weight'], -weights['out.2.bias']
+    mine = net.state_dict()
+    wrong = [f'{k} is {tuple(weights[k].shape) if k in weights else "missing"}, here {tuple(v.shape)}' for k, v in mine.items()
+             if k not in weights or weights[k].shape != v.shape] + [f'{k} has no place here' for k in weights if k not in mine]
+    if wrong:
+        fail(f'--init {args.init}: does not fit this network: {wrong[0]} ({len(wrong)} in all); adapt --channels, --attention, '
+             '--layers, --head-channels, --slice-level')
+    net.load_state_dict(weights)
+    print0(f'init: {len(mine)} tensors from {args.init}')
+
+
+def load_run(path, device='cpu', dtype='fp32', weights='ema'):
+    """A trained network for any script: net (eval), process, args, step, box, spacing, hash. path: run folder or checkpoint.
+
+    weights: ema or raw. spacing: median pixel (y, x) in mm of the training slices. hash: of the weights, for manifests.
+    """
+    state = load_checkpoint(path)
+    if not isinstance(state, dict) or not {'args', 'ema', 'box', 'in_channels'} <= state.keys():
+        fail(f'{path}: is not a run of train_seg.py or train_bravo.py')
+    args = argparse.Namespace(**state['args'])
+    net = build_net(args, state['in_channels'], state['out_channels'], state['extra_dim'])
+    tensors = state.get(weights if weights == 'ema' else 'net')
+    if tensors is None:
+        fail(f'{path}: holds no {weights} weights; use --weights ema')
+    net.load_state_dict(tensors)
+    digest = hashlib.sha256(b''.join(v.float().numpy().tobytes() for v in tensors.values())).hexdigest()[:12]
+    args.dtype = dtype
+    return argparse.Namespace(net=net.to(device, memory_format=memory_format(device, dtype, net.width)).eval(), process=build_process(args),
+                              args=args, step=state['step'], box=tuple(state['box']), spacing=tuple(state['spacing']),
+                              hash=digest, path=str(path))
+
+
+LOSS_BINS = torch.linspace(-10, 10, 21)               # of log-SNR; the outermost are open
+
+
+class LossByT:
+    """Unweighted squared error by log-SNR: sums and counts, training and held-out, kept through a resume."""
+
+    def __init__(self, device):
+        self.sums = torch.zeros(2, 2, len(LOSS_BINS) - 1, dtype=torch.float64, device=device)   # (train|held-out, sum|count, bin)
+
+    def add(self, which, log_snr, error):
+        bins = torch.bucketize(log_snr, LOSS_BINS.to(log_snr.device)[1:-1])
+        self.sums[which, 0].index_add_(0, bins, error.double())
+        self.sums[which, 1].index_add_(0, bins, torch.ones_like(error, dtype=torch.float64))
+
+    def merge(self):
+        """Brings the processes' sums together in the first one."""
+        if world() > 1:
+            dist.reduce(self.sums, 0)
+            self.sums *= rank() == 0
+
+    def write(self, path):
+        total = self.sums.cpu()
+        rows = [(name, f'{LOSS_BINS[b]:g}', f'{LOSS_BINS[b + 1]:g}', int(total[i, 1, b]), float(total[i, 0, b] / total[i, 1, b]))
+                for i, name in enumerate(('train', 'held-out')) for b in range(len(LOSS_BINS) - 1) if total[i, 1, b] > 0]
+        write_csv(path, ['set', 'log_snr_low', 'log_snr_high', 'count', 'mean_squared_error'], rows)
+
+
+class Log:
+    """log.csv: one line a report, flushed; on resume the lines after the checkpoint's step are dropped."""
+
+    def __init__(self, path, header, step):
+        self.path, self.header = Path(path), header
+        rows = [r for r in read_csv(path) if int(r['step']) <= step] if self.path.exists() and step else []
+        write_csv(path, header, [[r.get(h, '') for h in header] for r in rows])
+
+    def add(self, **row):
+        with open(self.path, 'a') as f:
+            f.write(','.join(f'{row[h]:.6g}' if isinstance(row.get(h), float) else str(row.get(h, '')) for h in self.header) + '\n')
+
+    def curve(self, name):
+        rows = [(int(r['step']), float(r[name])) for r in read_csv(self.path) if r[name]]
+        return [r[0] for r in rows], [r[1] for r in rows]
+
+
+class VGG16(nn.Module):
+    """ImageNet VGG16 features and the LPIPS distance (Simonyan 2015; Zhang 2018). Frozen, fp32.
+
+    file: torchvision's names (features.0.weight ...); none: torchvision's file is fetched. heads: LPIPS linear heads
+    (lin0.model.1.weight ...); none: the five layers' distances are added unweighted.
+    """
+
+    LAYERS = (64, 64, 'M', 128, 128, 'M', 256, 256, 256, 'M', 512, 512, 512, 'M', 512, 512, 512)
+    TAPS = (3, 8, 15, 22, 29)                               # relu1_2, 2_2, 3_3, 4_3, 5_3
+    URL = 'https://download.pytorch.org/models/vgg16-397923af.pth'
+
+    def __init__(self, file=None, heads=None):
+        super().__init__()
+        layers, c = [], 3
+        for width in self.LAYERS:
+            layers += [nn.MaxPool2d(2)] if width == 'M' else [nn.Conv2d(c, width, 3, padding=1), nn.ReLU()]
+            c = c if width == 'M' else width
+        self.features = nn.Sequential(*layers)
+        if file is None:
+            try:
+                state = torch.hub.load_state_dict_from_url(self.URL, map_location='cpu', weights_only=True)
+            except Exception as e:
+                fail(f'--perceptual: no --perceptual-weights FILE, and {self.URL} cannot be fetched ({type(e).__name__})')
+        else:
+            state = load_checkpoint(file)
+        wanted = self.features.state_dict(prefix='features.')
+        if not all(k in state and state[k].shape == v.shape for k, v in wanted.items()):
+            fail(f'--perceptual-weights {file}: lacks the 13 convolutions of VGG16 (features.0.weight ...)')
+        self.load_state_dict({k: state[k] for k in wanted})
+        self.heads = None
+        if heads:
+            state = load_checkpoint(heads)
+            if not all(f'lin{i}.model.1.weight' in state for i in range(5)):
+                fail(f'--lpips-weights {heads}: lacks lin0.model.1.weight ... lin4.model.1.weight')
+            self.heads = [state[f'lin{i}.model.1.weight'].float().flatten() for i in range(5)]
+        self.requires_grad_(False).eval()
+
+    def forward(self, x):
+        """x (B,1,H,W) in [-1,1] -> the five feature maps."""
+        mean, std = x.new_tensor([0.485, 0.456, 0.406]), x.new_tensor([0.229, 0.224, 0.225])
+        x = ((x.expand(-1, 3, -1, -1) + 1) / 2 - mean[:, None, None]) / std[:, None, None]
+        out = []
+        for i, layer in enumerate(self.features):
+            x = layer(x)
+            if i in self.TAPS:
+                out.append(x)
+        return out
+
+    def distance(self, x, y):
+        """LPIPS between x and y (B,1,H,W) in [-1,1]: (B,). Channels of more than one are averaged by the caller."""
+        total = 0
+        for i, (a, b) in enumerate(zip(self(x), self(y))):
+            a, b = (f / (f.square().sum(1, keepdim=True).sqrt() + 1e-10) for f in (a, b))
+            d = (a - b).square()
+            d = d if self.heads is None else d * self.heads[i].to(d.device)[:, None, None]
+            total = total + d.sum(1).mean((1, 2))
+        return total

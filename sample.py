@@ -1,0 +1,257 @@
+"""Makes synthetic patients: masks from a mask model, from patients or from a folder, and images that fit them.
+
+  python sample.py --seg runs/seg --bravo runs/bravo --n 16            new masks, new images
+  python sample.py --data DIR --part train --bravo runs/bravo --n 100  masks of real training patients, new images
+  python sample.py --masks runs/masks --bravo runs/bravo --n 15000     masks that an earlier call made (--seg alone)
+
+Leaves in --out one folder a patient in the layout of real data (bravo.nii.gz, seg.nii.gz, preview.png), manifest.csv (seed,
+condition, source patient, hash of the run for each), grid.png. The same command goes on with a half-done set; torchrun
+shares it out. Image i is the same whatever the batch size, the number of processes and how many were asked for.
+"""
+from common import *
+
+
+def get_args(argv=None):
+    p = Parser(description=__doc__.split('\n')[0])
+    g = p.add_argument_group('what')
+    g.add_argument('--bravo', metavar='RUN', help='image model: run folder or checkpoint; none: masks only')
+    g.add_argument('--seg', metavar='RUN', help='masks: drawn by this mask model')
+    g.add_argument('--data', nargs='+', metavar='DIR', help='masks: of these patients')
+    g.add_argument('--masks', metavar='DIR', help='masks: of this folder, already cut to the brain box (a set made with --seg)')
+    g.add_argument('--part', choices=tuple(PARTS), default='train', help='which patients of --data')
+    g.add_argument('--split', metavar='FILE', help='CSV patient,part instead of the split by name, with --data')
+    g.add_argument('--empty-slices', type=number(float, 0, 1), default=0.2, help='share of masks without tumour, with --data')
+    g.add_argument('--slice-level', type=number(float, 0, 1), help='level for models that know it; none: the mask\'s own, or drawn')
+    g.add_argument('--n', type=number(int, 1), default=16, help='number of patients')
+    g = p.add_argument_group('solver')
+    g.add_argument('--sampler', choices=tuple(SAMPLERS), help='none: euler for RFlow, ddim for DDPM')
+    g.add_argument('--steps', type=number(int, 1), help='solver steps of the image; none: 25 for RFlow, 50 for DDPM, all for ddpm')
+    g.add_argument('--seg-steps', type=number(int, 1), help='solver steps of the mask; none: 25 for RFlow, 50 for DDPM')
+    g.add_argument('--eta', type=number(float, 0, 1), default=0.0, help='noise of ddim, 1 = ancestral')
+    g.add_argument('--clip', action=argparse.BooleanOptionalAction, help='bound x0_hat to the data\'s range; none: for DDPM only')
+    g.add_argument('--weights', choices=('ema', 'raw'), default='ema')
+    g.add_argument('--save-at', type=numbers(float, 0, 1), help='also keep x_t and x0_hat at these times, as 1,.5,.1,0')
+    g = p.add_argument_group('run')
+    g.add_argument('--out', default='runs/synthetic', metavar='DIR')
+    g.add_argument('--cache', default='runs/cache', metavar='DIR', help='where decoded slices are kept, with --data')
+    g.add_argument('--batch-size', type=number(int, 1), default=16)
+    g.add_argument('--seed', type=number(int, 0), default=0)
+    g.add_argument('--device', choices=('auto', 'cpu', 'cuda'), default='auto')
+    g.add_argument('--dtype', choices=('auto', 'bf16', 'fp32'), default='auto')
+    g.add_argument('--compile', action='store_true', help='torch.compile the networks')
+    args = p.parse_args(argv)
+    sources = [f'--{s}' for s in ('seg', 'data', 'masks') if getattr(args, s)]
+    if len(sources) != 1:
+        fail(f'masks come from one place: give one of --seg, --data, --masks (got {", ".join(sources) or "none"})')
+    if not args.bravo and not args.seg:
+        fail(f'{sources[0]} alone makes nothing new; add --bravo RUN')
+    if args.eta and args.sampler != 'ddim':
+        fail(f'--eta {args.eta}: is for --sampler ddim')
+    for name in ('bravo', 'seg', 'masks'):
+        if getattr(args, name) and not Path(getattr(args, name)).exists():
+            fail(f'--{name} {getattr(args, name)}: no such {"folder" if name == "masks" else "run folder or checkpoint"}')
+    if Path(args.out).is_dir() and any(Path(args.out).iterdir()) and not (Path(args.out) / 'sample.json').exists():
+        fail(f'--out {args.out}: holds files that are not a set of this script; give an empty folder')
+    return args
+
+
+def solver(run, args, steps):
+    """Fills in what was not asked for: the name of the sampler, its steps and whether x0_hat is clipped."""
+    name = args.sampler or ('euler' if run.args.rflow else 'ddim')
+    if steps is None:
+        steps = min((25 if run.args.rflow else run.args.steps if name == 'ddpm' else 50), run.args.steps or 25)
+    return name, run.process.times(steps), not run.args.rflow if args.clip is None else args.clip
+
+
+def draw(run, args, numbers_, what, steps, mask=None, level=None, callback=None):
+    """x_0 (B,1,S,S) in [-1,1] for the images of these numbers. Each has a generator of its own, so that its noise is the
+    same bits whatever shares its batch."""
+    name, ts, clip = solver(run, args, steps)
+    device = next(run.net.parameters()).device
+    sources = [generator(args.seed, what, i) for i in numbers_]
+    noise = lambda: torch.stack([torch.randn(1, run.args.size, run.args.size, generator=g) for g in sources]).to(device)
+    extra = level[:, None].to(device) if run.args.slice_level else None
+    denoise = make_denoise(run.model, run.process, mask, None, extra, args.dtype, clip)
+    more = {'eta': args.eta} if name == 'ddim' else {}
+    return run.process.from_range(SAMPLERS[name](denoise, noise(), ts, run.process, noise, callback, **more))
+
+
+class Masks:
+    """Mask number i, its slice level and where it comes from: (S,S) uint8, level, source patient, condition."""
+
+    def __init__(self, args, size, box):
+        self.args, self.items = args, []
+        if args.data:
+            data = load_slices(args.data, size, ('bravo',), box, args.split, args.cache)
+            rows = data.rows(args.part, args.empty_slices, args.seed)
+            rows = rows[torch.randperm(len(rows), generator=generator(args.seed, 'order')).numpy()]
+            self.items = [(data.masks[r, 0], data.table[r]['level'], data.table[r]['source'] or data.table[r]['patient'],
+                           f'{data.table[r]["folder"]}:{data.table[r]["z"]}', data.table[r]['spacing']) for r in rows]
+        elif args.masks:
+            for p in find_patients([args.masks], ('seg',)):
+                volume, spacing = read_nifti(p['files']['seg'])
+                for z, m in enumerate(volume > 0):
+                    pixel = [n * s / size for n, s in zip(m.shape, spacing[1:])]
+                    m = m.astype(np.uint8) if m.shape == (size, size) else shrink_mask(m, size, 1.0, 0)[0]
+                    self.items.append((m, None, p['source'] if p['synthetic'] else p['name'], f'{p["folder"].name}:{z}', pixel))
+        if not self.items and not args.seg:
+            fail(f'{args.masks or args.part + " part of " + " ".join(args.data)}: holds no mask to use')
+
+    def __getitem__(self, i):
+        mask, level, source, condition, spacing = self.items[i % len(self.items)]
+        return mask, self.level(i) if level is None or self.args.slice_level is not None else level, source, condition, spacing
+
+    def level(self, i):
+        """The level asked for, or one drawn for image i."""
+        return self.args.slice_level if self.args.slice_level is not None else float(torch.rand((), generator=generator(self.args.seed, 'level', i)))
+
+
+HEADER = ['folder', 'index', 'seed', 'condition', 'source_patient', 'level', 'tumour_pixels', 'sampler', 'steps', 'bravo', 'seg']
+
+
+def open_set(args, runs):
+    """Finds what of a half-done set is whole, drops the rest, writes manifest.csv before any image. Returns its rows.
+
+    A folder without a line in the manifest is not part of the set, so that an unfinished one never passes for real data.
+    """
+    out = Path(args.out)
+    same = {k: v for k, v in plain(args).items() if k not in ('n', 'batch_size', 'device', 'compile', 'out', 'cache')}
+    same.update({k: r.hash for k, r in runs.items()})
+    note = out / 'sample.json'
+    if note.exists():
+        old = json.loads(note.read_text())
+        changed = [f'{k} {same[k]} (was {old.get(k)})' for k in same if old.get(k) != same[k]]
+        if changed:
+            fail(f'--out {out}: holds a set made otherwise: {", ".join(changed[:3])}; choose another --out')
+    out.mkdir(parents=True, exist_ok=True)
+    rows = {}
+    for file in [out / 'manifest.csv', *out.glob('manifest.part*.csv')]:
+        if file.exists():
+            lines = file.read_text().split('\n')[:-1]                           # a line without its end was cut off by a kill
+            for row in csv.reader(lines[1:] if file.name == 'manifest.csv' else lines):
+                if len(row) == len(HEADER) and (out / row[0]).is_dir():
+                    rows[int(row[1])] = row
+    if rank() == 0:
+        known = {r[0] for r in rows.values()}
+        for f in out.iterdir():
+            if f.is_dir() and f.name not in known:
+                shutil.rmtree(f)
+        atomic_write(note, json.dumps(same, indent=1).encode())
+        write_csv(out / 'manifest.csv', HEADER, [rows[i] for i in sorted(rows)])
+    barrier()
+    if rank() == 0:
+        for f in out.glob('manifest.part*.csv'):
+            f.unlink()
+    barrier()
+    return rows
+
+
+def close_set(out):
+    """Brings the processes' lines together into manifest.csv. Returns its rows."""
+    rows = {int(r['index']): [r[h] for h in HEADER] for r in read_csv(out / 'manifest.csv')}
+    for file in out.glob('manifest.part*.csv'):
+        rows.update({int(r[1]): r for r in csv.reader(file.read_text().splitlines())})
+    rows = [rows[i] for i in sorted(rows)]
+    write_csv(out / 'manifest.csv', HEADER, rows)
+    for file in out.glob('manifest.part*.csv'):
+        file.unlink()
+    return rows
+
+
+def keep_steps(wanted, ts, store):
+    """A sampler callback that puts x_t and x0_hat into `store` at the solver's times nearest to the wanted ones."""
+    at = {t: int((ts - t).abs().argmin()) for t in wanted if t > 0}
+    if len(set(at.values())) < len(at):
+        fail(f'--save-at {",".join(map(str, wanted))}: two of these fall on one of the {len(ts) - 1} solver steps; use more --steps')
+
+    def callback(i, t, x_t, x0_hat):
+        if i in at.values():
+            store.append((t, x_t.cpu(), x0_hat.cpu()))
+
+    return callback
+
+
+@torch.no_grad()
+def main(args):
+    # models and masks
+    device, out = setup(args), Path(args.out)
+    runs = {k: load_run(getattr(args, k), device, args.dtype, args.weights) for k in ('seg', 'bravo') if getattr(args, k)}
+    for kind, run in runs.items():
+        if run.args.script != kind:
+            fail(f'--{kind} {run.path}: is a run of train_{run.args.script}.py')
+        run.model = torch.compile(run.net) if args.compile else run.net
+        solver(run, args, args.steps if kind == 'bravo' else args.seg_steps)
+    main_run = runs.get('bravo', runs.get('seg'))
+    if len(runs) == 2 and runs['seg'].args.size != main_run.args.size:
+        fail(f'--seg draws {runs["seg"].args.size} pixels, --bravo {main_run.args.size}; train both at one --size')
+    if len(runs) == 2 and max(abs(a - b) for a, b in zip(runs['seg'].box, main_run.box)) > 0.02:
+        print0(f'note: the mask model saw the brain box {runs["seg"].box}, the image model {main_run.box}; masks may not fit')
+    masks = Masks(args, main_run.args.size, main_run.box)
+    name, ts, _ = solver(main_run, args, args.steps if args.bravo else args.seg_steps)
+    if args.save_at:
+        keep_steps(args.save_at, ts, [])                                         # fails now, not after the first batch
+    done = open_set(args, runs)
+    todo = [i for i in range(args.n) if i not in done][rank()::world()]
+    print0(f'{out}: {args.n} patients, {len(done)} there already; {name} with {len(ts) - 1} steps = {nfe(name, len(ts) - 1)} forwards an image')
+
+    # batch by batch, image by image to disk
+    stop, clock, made = Stop(), time.perf_counter(), 0
+    part = open(out / f'manifest.part{rank()}.csv', 'a', newline='')
+    bar = progress(total=len(todo), unit='image')
+    for k in range(0, len(todo), args.batch_size):
+        ids = todo[k:k + args.batch_size]
+        if args.seg:
+            level = torch.tensor([masks.level(i) for i in ids])
+            drawn = draw(runs['seg'], args, ids, 'mask', args.seg_steps, level=level)
+            mask = (drawn > 0).float()
+            about = [('', f'seg:{runs["seg"].hash}', runs['seg'].spacing)] * len(ids)
+        else:
+            picked = [masks[i] for i in ids]
+            level = torch.tensor([p[1] for p in picked])
+            mask = torch.from_numpy(np.stack([p[0] for p in picked])).float()[:, None].to(device)
+            about = [p[2:] for p in picked]
+        images, steps = None, []
+        if args.bravo:
+            callback = keep_steps(args.save_at, ts, steps) if args.save_at else None
+            images = draw(main_run, args, ids, 'image', args.steps, mask, level, callback).clamp(-1, 1).cpu().numpy()[:, 0]
+        mask = mask.cpu().numpy()[:, 0]
+        for j, i in enumerate(ids):
+            source, condition, spacing = about[j]
+            zoom = max(1, 128 // mask.shape[-1])
+            show = mask[j] * 2 - 1 if images is None else images[j]
+            files = {'preview.png': grid_png([[show, outline(show, mask[j], zoom=zoom)]], zoom=zoom)}
+            if steps:
+                final = [(0.0, images[j], images[j])] if 0 in args.save_at else []
+                t, x_t, x_0 = zip(*[(s[0], s[1][j, 0].numpy(), s[2][j, 0].numpy()) for s in steps], *final)
+                buffer = io.BytesIO()
+                np.savez_compressed(buffer, t=np.float32(t), x_t=np.float32(x_t), x0_hat=np.float32(x_0))
+                files |= {'trajectory.npz': buffer.getvalue(), 'trajectory.png': grid_png([x_t, x_0], ['x_t', 'x0_hat'], zoom)}
+            folder = f'syn_{args.seed}_{i:06d}'
+            write_patient(out / folder, {} if images is None else {'bravo': images[j]}, mask[j], spacing, files)
+            csv.writer(part, lineterminator='\n').writerow([folder, i, args.seed, condition, source, f'{float(level[j]):.4f}', int(mask[j].sum()),
+                                                            name, len(ts) - 1, *(runs[r].hash if r in runs else '' for r in ('bravo', 'seg'))])
+            part.flush()
+        made += len(ids)
+        bar.update(len(ids))
+        if stop.signum:
+            print0(f'{out}: stopped by signal {stop.signum}; the same command goes on')
+            raise SystemExit(128 + stop.signum)
+    part.close(), bar.close(), stop.restore()
+    seconds = time.perf_counter() - clock
+    barrier()
+    if rank() == 0:
+        rows = close_set(out)
+        first = [out / r[0] for r in rows[:16]]
+        m = [read_nifti(f / 'seg.nii.gz')[0][0] for f in first]
+        a = [read_nifti(f / 'bravo.nii.gz')[0][0] for f in first] if args.bravo else [x * 2.0 - 1 for x in m]
+        zoom = max(1, 128 // m[0].shape[-1])
+        pairs = [(x, outline(x, y, zoom=zoom)) for x, y in zip(a, m)]
+        save_grid(out / 'grid.png', [[p[k] for p in pairs[r:r + 8]] for r in range(0, len(pairs), 8) for k in (0, 1)], None, zoom)
+        empty = sum(int(r[6]) == 0 for r in rows)
+        rate = f'{made * world() / seconds:.2f} images/s, ' if made else ''
+        print0(f'{out}: {len(rows)} patients ({rate}{empty} without tumour); look at {out}/grid.png')
+    barrier()
+
+
+if __name__ == '__main__':
+    main(get_args())

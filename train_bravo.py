@@ -1,0 +1,217 @@
+"""Trains the image generator: a T1 BRAVO slice that fits a tumour mask.
+
+  python train_bravo.py --rflow --steps 100                         the built-in phantom, minutes on two cores
+  python train_bravo.py --rflow --data DIR --out runs/mine          your patients (one folder each: bravo.nii.gz, seg.nii.gz)
+  python train_bravo.py --rflow --data DIR --perceptual 0.01 --perceptual-weights vgg16.pth
+
+The network sees the noisy image and the mask as two channels. Beside train_seg.py this file has the mask channel and the
+perceptual loss; the rest is the same, line by line. Leaves in --out: ckpt.pt, log.csv, loss_by_t.csv, samples_*.png.
+"""
+from common import *
+
+
+def get_args(argv=None):
+    p = train_parser(__doc__.split('\n')[0], 'runs/bravo')
+    g = p.add_argument_group('image loss')
+    g.add_argument('--perceptual', type=number(float, 0), default=0.0, help='weight of the VGG16 distance at low noise; 0: off')
+    g.add_argument('--perceptual-weights', metavar='FILE', help='VGG16 weights; none: torchvision\'s are fetched')
+    g.add_argument('--lpips-weights', metavar='FILE', help='LPIPS linear heads; none: layers unweighted')
+    args = finish_args(p.parse_args(argv))
+    if (args.perceptual_weights or args.lpips_weights) and not args.perceptual:
+        fail('--perceptual-weights and --lpips-weights do nothing without --perceptual W; 0.01 is a start')
+    for name in ('perceptual_weights', 'lpips_weights'):
+        if getattr(args, name) and not Path(getattr(args, name)).is_file():
+            fail(f'--{name.replace("_", "-")} {getattr(args, name)}: no such file')
+    args.script = 'bravo'
+    return args
+
+
+def perceptual_loss(vgg, x0_hat, x_0, t, process):
+    """Sum over the batch of the VGG16 distance between x0_hat and x_0, where it means something: SNR > 1.
+
+    With more noise x0_hat is the mean of many brains, which must be blurred; a distance that punishes blur would pull it
+    away from the mean and bias the sampler (Zhang 2018 for the distance; Lee 2024, arXiv 2405.20320 for its place).
+    """
+    clear = (process.log_snr(t) > 0).nonzero().flatten().to(x_0.device)           # t is on the CPU: no wait for the GPU
+    if not len(clear):
+        return x_0.new_zeros(())
+    return vgg.distance(process.from_range(x0_hat[clear]), process.from_range(x_0[clear])).sum()
+
+
+def main(args):
+    # run folder, data
+    device, out = setup(args), Path(args.out)
+    state = open_run(args)
+    print0(f'{out}: preset {args.preset}, {args.device}, {args.dtype}' + (f', going on from step {state["step"]}' if state else ''))
+    roots = args.data or [phantom_root(args.cache)]
+    data = load_slices(roots, args.size, ('bravo',), state and state['box'], args.split, args.cache, args.labels, args.speck)
+    rows, val = data.rows('train', args.empty_slices, args.seed), data.rows('val', args.empty_slices, args.seed)
+    if not len(rows):
+        fail(f'--data {" ".join(map(str, roots))}: no slice of a training patient; see --split')
+    level = torch.tensor([r['level'] for r in data.table])
+    print0(f'training on {len(rows)} slices ({sum(data.table[i]["tumour"] > 0 for i in rows)} with tumour), held out {len(val)}')
+
+    # network, process, optimiser
+    torch.manual_seed(seed_of(args.seed, 'weights') % 2 ** 32)
+    net = build_net(args, in_channels=2, out_channels=1, extra_dim=int(args.slice_level))
+    if args.init and not state:
+        load_init(net, args)
+    net = net.to(device, memory_format=memory_format(device, args.dtype, net.width))
+    process = build_process(args)
+    ema = EMA(net, args.ema_decay)
+    opt = torch.optim.AdamW(net.parameters(), args.lr, weight_decay=args.weight_decay, fused=True)
+    vgg = VGG16(args.perceptual_weights, args.lpips_weights).to(device) if args.perceptual else None
+    losses, start = LossByT(device), 0
+    if state:
+        net.load_state_dict(state['net']), ema.net.load_state_dict(state['ema']), opt.load_state_dict(state['opt'])
+        start, ema.updates = state['step'], state['ema_updates']
+        losses.sums.copy_(state['loss_by_t'] * (rank() == 0))
+    model = torch.compile(net) if args.compile else net
+    if world() > 1:
+        model = nn.parallel.DistributedDataParallel(model)
+    print0(f'{sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters, {"RFlow" if args.rflow else "DDPM " + args.target}'
+           f'{f", {args.steps} times" if args.steps else ", continuous time"}, batch {args.batch_size}')
+
+    def batch(picked):
+        """Images in the process's range (B,1,S,S), masks in {0,1} (B,1,S,S), slice level (B,1) or None, on the CPU."""
+        extra = level[picked][:, None] if args.slice_level else None
+        return torch.tensor(data.images[picked]), torch.tensor(data.masks[picked]).float(), extra
+
+    def train_step(step, lr):
+        """One optimiser step. All that is random is a function of (seed, step) and drawn for the whole batch, of which each
+        process takes its part: so resuming and the number of processes change nothing. Returns loss, gradient norm."""
+        B, part = args.batch_size, args.batch_size // world() // args.accumulate
+        picked = rows[batch_rows(len(rows), B, step, args.seed)]
+        g = generator(args.seed, 'step', step)
+        t, u = process.draw_t(B, g, args.logit_normal), torch.rand(B, 5, generator=g)
+        noise = torch.randn(B, 1, args.size, args.size, generator=generator(args.seed, 'noise', step, device=device), device=device)
+        total = torch.zeros((), device=device)
+        for k in range(args.accumulate):
+            mine = slice((rank() * args.accumulate + k) * part, (rank() * args.accumulate + k + 1) * part)
+            x_0, mask, extra = (v if v is None else v.to(device, non_blocking=True) for v in batch(picked[mine]))
+            if args.augment:
+                x_0, mask = augment(x_0, mask, u[mine])
+            x_0, times = process.to_range(x_0), t[mine].to(device, non_blocking=True)
+            last = k == args.accumulate - 1
+            with contextlib.nullcontext() if last or world() == 1 else model.no_sync():
+                with autocast(device, args.dtype):
+                    loss, error, x0_hat = process.loss(model, x_0, noise[mine], times, mask, extra=extra, min_snr=args.min_snr)
+                loss = loss.mean()
+                if vgg:
+                    loss = loss + args.perceptual / part * perceptual_loss(vgg, x0_hat, x_0, t[mine], process)
+                (loss / args.accumulate).backward()
+            total += loss.detach() / args.accumulate
+            losses.add(0, process.log_snr(times), error.detach())
+        for group in opt.param_groups:
+            group['lr'] = lr
+        norm = nn.utils.clip_grad_norm_(net.parameters(), args.clip)
+        opt.step()
+        opt.zero_grad(set_to_none=True)
+        return total, norm
+
+    @torch.no_grad()
+    def held_out(network):
+        """Mean squared error on validation patients, with the same t and noise every time. Fills loss_by_t's second half."""
+        losses.sums[1] = 0
+        picked = val[batch_rows(len(val), min(128, len(val)), 0, 0)]
+        t = process.times(min(len(picked), args.steps or len(picked)))[:-1]
+        t = t[torch.arange(len(picked)) * len(t) // len(picked)]
+        noise = torch.randn(len(picked), 1, args.size, args.size, generator=generator('held-out'))
+        for part in (slice(i, i + args.batch_size) for i in range(0, len(picked), args.batch_size)):
+            x_0, mask, extra, eps, times = (v if v is None else v.to(device) for v in (*batch(picked[part]), noise[part], t[part]))
+            with autocast(device, args.dtype):
+                error = process.loss(network, process.to_range(x_0), eps, times, mask, extra=extra)[1]
+            losses.add(1, process.log_snr(times), error)
+        return float(losses.sums[1, 0].sum() / losses.sums[1, 1].sum())
+
+    @torch.no_grad()
+    def picture(path):
+        """Real slices of validation patients, their masks, and two images generated for each mask."""
+        pool = val if len(val) else rows
+        picked = np.concatenate([[i for i in pool if data.table[i]['tumour'] > 0], pool]).astype(int)[:400]
+        picked = picked[np.linspace(0, len(picked) * 0.8, 8, endpoint=False).astype(int)]
+        x_0, mask, extra = (v if v is None else v.to(device) for v in batch(picked))
+        denoise = make_denoise(ema.net, process, mask, None, extra, args.dtype, clip=not args.rflow)
+        ts, rows_ = process.times(min(25 if args.rflow else 50, args.steps or 25)), []
+        for k in range(2):
+            noise = torch.randn(x_0.shape, generator=generator('picture', k)).to(device)
+            rows_.append(process.from_range(sample_ddim(denoise, noise, ts, process)).float().cpu()[:, 0])
+        zoom, masks = max(1, 128 // args.size), mask.cpu()[:, 0]
+        save_grid(path, [list(x_0.cpu()[:, 0]), list(masks * 2 - 1), *rows_, [outline(x, m, zoom=zoom) for x, m in zip(rows_[0], masks)]],
+                  ['real', 'mask', 'generated', 'generated 2', 'with mask'], zoom)
+
+    # length, learning rate test
+    if args.lr_find and not state:
+        lr_find(train_step, net, opt, out)
+    if args.iters is None:
+        args.iters = iters_for(args.minutes, train_step, net, opt, device, lr_at(0, args))
+    if not state:
+        losses.sums.zero_()                                                  # the steps above were undone
+    sample_every = args.sample_every or max(args.iters // 4, 1)
+    spacing = tuple(np.median([data.table[i]['spacing'] for i in rows], 0).tolist())
+
+    def save(step):
+        losses.merge()
+        if rank() == 0:
+            save_checkpoint(out, dict(net=net.state_dict(), ema=ema.net.state_dict(), ema_updates=ema.updates, opt=opt.state_dict(),
+                                      step=step, args=plain(args), box=list(data.box), spacing=list(spacing), in_channels=2,
+                                      out_channels=1, extra_dim=int(args.slice_level), loss_by_t=losses.sums.cpu()), args.keep_every)
+            losses.write(out / 'loss_by_t.csv')
+
+    if rank() == 0:
+        atomic_write(out / 'args.json', json.dumps(plain(args), indent=1).encode())
+        write_csv(out / 'split.csv', ['patient', 'part', 'slices'], sorted(
+            (name, part, n) for (name, part), n in Counter((r['patient'], p) for r, p in zip(data.table, data.part)).items()))
+        log = Log(out / 'log.csv', ['step', 'loss', 'lr', 'grad_norm', 's_per_step', 'held_out', 'held_out_raw'], start)
+    if start >= args.iters:
+        print0(f'{out}: complete at step {start}; another length needs another --out')
+
+    # the loop
+    stop, recent, clock = Stop(), [], time.perf_counter()
+    bar = progress(range(start, args.iters), initial=start, total=args.iters)
+    for step in bar:
+        loss, norm = train_step(step, lr_at(step, args))
+        ema.update(net)
+        recent.append(loss)
+        done = step + 1
+        signum = stop.asked(device) if world() == 1 or done % 10 == 0 else 0
+        final, show = done == args.iters, done % sample_every == 0 or done == args.iters
+        keep = final or signum or done % args.save_every == 0
+        if done % 20 == 0 or show or keep:
+            values = torch.stack(recent)
+            if world() > 1:
+                dist.all_reduce(values)
+                values /= world()
+            values = values.tolist()
+            for i, value in enumerate(values):
+                if not math.isfinite(value):
+                    at = done - len(values) + i
+                    fail(f'loss is {value} at step {at}, lr {lr_at(at, args):.2e}; stopped, the last checkpoint in {out} is '
+                         'intact. Try a lower --lr', 1)
+            seconds, recent = (time.perf_counter() - clock) / len(values), []
+            if rank() == 0:
+                bar.set_postfix(loss=f'{np.mean(values):.4f}', refresh=False)
+                scores = {}
+                if show and len(val):
+                    scores = dict(held_out_raw=held_out(net), held_out=held_out(ema.net))
+                if show:
+                    picture(out / f'samples_{done:06d}.png')
+                log.add(step=done, loss=float(np.mean(values)), lr=lr_at(step, args), grad_norm=float(norm), s_per_step=seconds, **scores)
+            clock = time.perf_counter()
+        if keep:
+            save(done)
+        if signum and not final:
+            bar.close()
+            print0(f'{out}: stopped by signal {signum} and saved at step {done}; the same command goes on')
+            raise SystemExit(128 + signum)
+    stop.restore()
+    if rank() == 0 and start < args.iters:
+        plot(out / 'log.png', {'loss': log.curve('loss'), 'held-out (EMA)': log.curve('held_out')}, str(out), 'step', 'squared error', logy=True)
+        told = log.curve('held_out')[1][-1:]
+        print0(f'{out}: {args.iters} steps done' + (f', held-out error {told[0]:.4f} (EMA)' if told else '')
+               + f'; look at {out}/samples_{args.iters:06d}.png, then: python sample.py --bravo {out}')
+    barrier()
+
+
+if __name__ == '__main__':
+    main(get_args())
