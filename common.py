@@ -859,17 +859,19 @@ class UNet(nn.Module):
     channels: width of each level, halving the size from one to the next; attention: 1 where a level attends (to itself,
     and with context_dim set also to the context); layers: residual blocks a level (the way up has one more).
     extra_dim: length of the vector `extra`, joined to the time embedding through a layer that starts at zero.
+    norm_groups: of every GroupNorm. A width of 32 with MONAI's 32 groups leaves one channel a group: the norm then takes
+    away the time embedding, a constant of each channel, and the level is blind to t. Narrow networks need fewer groups.
     """
 
     def __init__(self, in_channels, out_channels, channels=(128, 256, 256), attention=(0, 1, 1), layers=1,
-                 head_channels=256, context_dim=None, dims=2, extra_dim=0):
+                 head_channels=256, context_dim=None, dims=2, extra_dim=0, norm_groups=32):
         super().__init__()
         if len(attention) != len(channels):
             fail(f'--attention has {len(attention)} levels, --channels {len(channels)}; give one 0 or 1 for each level')
         self.dims, self.scale, self.width, self.context_dim = dims, 2 ** (len(channels) - 1), channels[0], context_dim
         Conv = nn.Conv2d if dims == 2 else nn.Conv3d
         conv = lambda i, o, k=3, stride=1: Conv(i, o, k, stride, k // 2)
-        groups = lambda c: math.gcd(c, 32)
+        groups = lambda c: math.gcd(c, norm_groups)
         embed = 4 * channels[0]
         res = lambda i, o: ResBlock(i, o, embed, groups, conv)
 
@@ -972,7 +974,7 @@ def load_monai(state_dict):
 def build_net(args, in_channels, out_channels, extra_dim=0, context_dim=None):
     """The network that the flags (or a stored run's) describe."""
     return UNet(in_channels, out_channels, tuple(args.channels), tuple(args.attention), args.layers, args.head_channels,
-                context_dim, extra_dim=extra_dim)
+                context_dim, extra_dim=extra_dim, norm_groups=args.norm_groups)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1158,8 +1160,8 @@ def sample_ddim(denoise, x, ts, process, noise=None, callback=None, eta=0.0):
         if callback:
             callback(i, float(t), x, x_0)
         a, s, a_u, s_u = process.alpha(t), process.sigma(t), process.alpha(u), process.sigma(u)
-        # std of q(x_u | x_t, x_0): the noise of u -> t is s^2 - (a/a_u)^2 s_u^2, its share at u is s_u/s
-        up = eta * (s ** 2 - (a / a_u * s_u) ** 2).clamp(min=0).sqrt() * s_u / s if eta else torch.zeros(())
+        # std of q(x_u | x_t, x_0): s_u^2 (1 - SNR_t / SNR_u), from log-SNRs because the difference cancels in fp32
+        up = eta * s_u * (-torch.expm1(process.log_snr(t) - process.log_snr(u))).sqrt() if eta else torch.zeros(())
         x = a_u * x_0 + (s_u ** 2 - up ** 2).clamp(min=0).sqrt() * eps
         if eta and s_u > 0:
             x = x + up * noise()
@@ -1290,11 +1292,12 @@ def plot(path, curves, title, xlabel, ylabel, logx=False, logy=False, size=(640,
 # 8  Training
 # ---------------------------------------------------------------------------------------------------------------------
 PRESETS = {
-    'full': dict(size=128, channels=(128, 256, 256), attention=(0, 1, 1), layers=1, head_channels=256, batch_size=16,
-                 lr=1e-4, warmup=500, iters=100_000),
-    'small': dict(size=64, channels=(24, 32, 64, 128), attention=(0, 0, 1, 1), layers=1, head_channels=32, batch_size=8,
-                  lr=1e-3, warmup=40, minutes=7.0),
-    'tiny': dict(size=16, channels=(8, 8), attention=(0, 1), layers=1, head_channels=8, batch_size=4, lr=1e-3, warmup=1, iters=4),
+    'full': dict(size=128, channels=(128, 256, 256), attention=(0, 1, 1), layers=1, head_channels=256, norm_groups=32,
+                 batch_size=16, lr=1e-4, warmup=500, iters=100_000),
+    'small': dict(size=64, channels=(24, 32, 64, 128), attention=(0, 0, 1, 1), layers=1, head_channels=32, norm_groups=8,
+                  batch_size=8, lr=1e-3, warmup=40, minutes=7.0),
+    'tiny': dict(size=16, channels=(8, 8), attention=(0, 1), layers=1, head_channels=8, norm_groups=2,
+                 batch_size=4, lr=1e-3, warmup=1, iters=4),
 }
 # May differ when a run goes on; everything else must be as it was.
 FREE = {'device', 'dtype', 'compile', 'out', 'save_every', 'sample_every', 'keep_every', 'cache', 'data', 'minutes', 'lr_find',
@@ -1319,6 +1322,7 @@ def train_parser(doc, out):
     g.add_argument('--attention', type=numbers(int, 0, 1), help='1 for each level that attends; none: the preset\'s')
     g.add_argument('--layers', type=number(int, 1, 16), help='residual blocks a level; none: the preset\'s')
     g.add_argument('--head-channels', type=number(int, 1), help='channels of an attention head; none: the preset\'s')
+    g.add_argument('--norm-groups', type=number(int, 1), help='groups of GroupNorm (MONAI: 32); none: the preset\'s')
     g.add_argument('--slice-level', action='store_true', help='condition on the level of the slice, 0 lowest to 1 highest')
     g = p.add_argument_group('process')
     g.add_argument('--rflow', action='store_true', help='rectified flow instead of DDPM')

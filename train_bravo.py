@@ -144,7 +144,7 @@ def main(args):
     if args.lr_find and not state:
         lr_find(train_step, net, opt, out)
     if args.iters is None:
-        args.iters = iters_for(args.minutes, train_step, net, opt, device, lr_at(0, args))
+        args.iters = iters_for(args.minutes, train_step, net, opt, device, args.lr)
     if not state:
         losses.sums.zero_()                                                  # the steps above were undone
     sample_every = args.sample_every or max(args.iters // 4, 1)
@@ -163,6 +163,8 @@ def main(args):
         write_csv(out / 'split.csv', ['patient', 'part', 'slices'], sorted(
             (name, part, n) for (name, part), n in Counter((r['patient'], p) for r, p in zip(data.table, data.part)).items()))
         log = Log(out / 'log.csv', ['step', 'loss', 'lr', 'grad_norm', 's_per_step', 'held_out', 'held_out_raw'], start)
+    if not state and not args.iters:
+        save(0)                                                              # with --init: a foreign network becomes a run
     if start >= args.iters:
         print0(f'{out}: complete at step {start}; another length needs another --out')
 

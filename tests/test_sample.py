@@ -1,0 +1,86 @@
+"""sample.py: every flag once, what it leaves on disk, and that it says who an image was made from."""
+import csv
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import common
+import sample
+import train_bravo
+import train_seg
+from common import find_patients, part_of, read_nifti
+
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory, phantom):
+    """A tiny RFlow run of each kind that knows the slice level, and a DDPM one."""
+    folder = tmp_path_factory.mktemp('runs')
+    shared = ['--preset', 'tiny', '--iters', '2', '--sample-every', '100', '--data', str(phantom), '--cache', str(folder / 'cache')]
+    for script, name, flags in ((train_seg, 'seg', ['--rflow', '--slice-level']), (train_bravo, 'bravo', ['--rflow', '--slice-level']),
+                                (train_bravo, 'ddpm', ['--steps', '50'])):
+        script.main(script.get_args([*shared, *flags, '--out', str(folder / name)]))
+    return folder
+
+
+@pytest.fixture
+def make(tmp_path, runs):
+    def go(name, *flags):
+        sample.main(sample.get_args(['--n', '3', '--out', str(tmp_path / name), '--cache', str(runs / 'cache'), *map(str, flags)]))
+        with open(tmp_path / name / 'manifest.csv', newline='') as f:
+            return tmp_path / name, list(csv.DictReader(f))
+    return go
+
+
+def test_new_masks_new_images(make, runs):
+    """A set has the layout of real data, loads as synthetic training data, and its manifest names runs and seeds."""
+    out, rows = make('a', '--seg', runs / 'seg', '--bravo', runs / 'bravo', '--steps', 4, '--seg-steps', 3)
+    assert [r['folder'] for r in rows] == [f'syn_0_{i:06d}' for i in range(3)] and {r['source_patient'] for r in rows} == {''}
+    assert rows[0]['bravo'] == common.load_run(runs / 'bravo').hash and rows[0]['seg'] == common.load_run(runs / 'seg').hash
+    data = common.load_slices([out], 16, cache=out.parent / 'c')
+    assert data.part == ['train'] * 3 and [r['tumour'] for r in data.table] == [int(r['tumour_pixels']) for r in rows]
+    assert np.abs(data.images).max() <= 1 and len({float(r['level']) for r in rows}) == 3
+    assert Image.open(out / 'grid.png').size[0] > 300 and (out / 'syn_0_000002/preview.png').exists()
+    spacing = common.load_run(runs / 'bravo').spacing
+    assert np.allclose(read_nifti(out / 'syn_0_000000/bravo.nii.gz')[1][1:], spacing, rtol=1e-4)
+
+
+def test_masks_of_patients(make, runs, phantom):
+    """--data takes masks of the asked part only and writes down whose they are."""
+    out, rows = make('b', '--data', phantom, '--part', 'test', '--empty-slices', 0, '--bravo', runs / 'bravo', '--steps', 2)
+    assert all(part_of(r['source_patient']) == 'test' and int(r['tumour_pixels']) > 0 for r in rows)
+    assert {p['source'] for p in find_patients([out], ('bravo', 'seg'))} == {r['source_patient'] for r in rows}
+
+
+def test_masks_of_a_folder(make, runs):
+    """Masks made first, images later: the same masks; a fixed slice level is used and stored."""
+    first, _ = make('m', '--seg', runs / 'seg', '--seg-steps', 3)
+    assert not list(first.rglob('bravo.nii.gz'))
+    second, rows = make('n', '--masks', first, '--bravo', runs / 'bravo', '--steps', 2, '--slice-level', 0.75)
+    for r in rows:
+        assert np.array_equal(read_nifti(first / r['folder'] / 'seg.nii.gz')[0], read_nifti(second / r['folder'] / 'seg.nii.gz')[0])
+    assert {r['level'] for r in rows} == {'0.7500'}
+
+
+@pytest.mark.parametrize('flags', [['--sampler', 'ddpm', '--steps', 10], ['--sampler', 'ddim', '--eta', 0.5, '--steps', 5], ['--sampler', 'heun', '--steps', 4],
+                                   ['--sampler', 'euler', '--steps', 50], ['--clip', '--steps', 3], ['--no-clip', '--steps', 3],
+                                   ['--weights', 'raw', '--steps', 3], ['--seed', 5, '--steps', 3], ['--dtype', 'bf16', '--steps', 3]], ids=str)
+@pytest.mark.parametrize('kind', ['bravo', 'ddpm'])
+def test_solvers(make, runs, phantom, kind, flags):
+    """Every solver and switch gives finite images, and others than the default's."""
+    out, rows = make('s', '--data', phantom, '--bravo', runs / kind, *flags)
+    images = [read_nifti(out / r['folder'] / 'bravo.nii.gz')[0] for r in rows]
+    assert all(np.isfinite(i).all() and np.abs(i).max() <= 1 for i in images)
+    if flags[0] == '--sampler':
+        assert rows[0]['sampler'] == flags[1] and rows[0]['steps'] == str(flags[-1])
+
+
+def test_save_at(make, runs, phantom):
+    """The trajectory is kept at the times asked for: it starts as the image's own noise and ends as the image."""
+    out, rows = make('t', '--data', phantom, '--bravo', runs / 'bravo', '--steps', 20, '--save-at', '1,.5,.05,0')
+    saved = np.load(out / rows[1]['folder'] / 'trajectory.npz')
+    assert np.allclose(saved['t'], [1, 0.5, 0.05, 0]) and saved['x_t'].shape == saved['x0_hat'].shape == (4, 16, 16)
+    noise = torch.randn(1, 16, 16, generator=common.generator(0, 'image', 1))
+    assert np.array_equal(saved['x_t'][0], noise[0].numpy())
+    assert np.array_equal(saved['x_t'][-1], read_nifti(out / rows[1]['folder'] / 'bravo.nii.gz')[0][0])
