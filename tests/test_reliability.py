@@ -270,7 +270,7 @@ def test_two_processes(train, tmp_path, phantom):
     port = str(20000 + os.getpid() % 20000)
 
     def torchrun(*command):
-        done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_port', port, *map(str, command)],
+        done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_port', port, '--', *map(str, command)],
                               cwd=ROOT, capture_output=True, text=True, timeout=300, env={**os.environ, 'OMP_NUM_THREADS': '1'})
         assert done.returncode == 0, done.stderr[-3000:]
     torchrun('train_bravo.py', '--preset', 'tiny', '--rflow', *shared, '--out', tmp_path / 'two', '--sample-every', '100', '--save-every', '1')
