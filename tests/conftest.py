@@ -1,20 +1,30 @@
-"""What the tests share: the repository on the path, a small phantom, quiet progress bars, --slow."""
+"""Shared by all tests: the import path, two threads at most, --slow, a small phantom, and trainings of the tiny preset."""
 import os
+import signal
 import sys
 from pathlib import Path
 
-import pytest
-
 os.environ['TQDM_DISABLE'] = '1'
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import pytest
+import torch
+
+import common
+import sample
+import train_bravo
+import train_seg
+
+torch.set_num_threads(min(2, torch.get_num_threads()))
+SCRIPTS = {'seg': train_seg, 'bravo': train_bravo, 'sample': sample}
 
 
 def pytest_addoption(parser):
-    parser.addoption('--slow', action='store_true', help='also the tests that train for minutes')
+    parser.addoption('--slow', action='store_true', help='also run the tests that take minutes')
 
 
 def pytest_configure(config):
-    config.addinivalue_line('markers', 'slow: trains for minutes; runs with --slow')
+    config.addinivalue_line('markers', 'slow: takes minutes; runs only with --slow')
 
 
 def pytest_collection_modifyitems(config, items):
@@ -24,8 +34,49 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason='needs --slow'))
 
 
+@pytest.fixture(autouse=True)
+def signals():
+    """A script that leaves by an error keeps its handlers; the next test must not inherit them."""
+    old = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for s, handler in old.items():
+        signal.signal(s, handler)
+
+
 @pytest.fixture(scope='session')
 def phantom(tmp_path_factory):
-    """14 phantom patients of 3 slices at 32x32, enough that every part of the split has one."""
-    from common import make_phantom
-    return make_phantom(tmp_path_factory.mktemp('data') / 'phantom', 14, 0, 3, 32)
+    """14 patients of 3 slices, 32 x 32; no part of the split is empty (7 train, 1 val, 1 judge, 5 test)."""
+    root = common.make_phantom(tmp_path_factory.mktemp('phantom'), patients=14, seed=0, slices=3, size=32)
+    assert {common.part_of(f.name) for f in root.iterdir()} == set(common.PARTS)
+    return root
+
+
+@pytest.fixture(scope='session')
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp('cache')
+
+
+@pytest.fixture(scope='session')
+def call(phantom, cache):
+    """call(script, out, *flags): runs seg, bravo (4 steps of the tiny preset) or sample in this process. Returns out.
+
+    A flag given again wins over the one set here.
+    """
+    def go(script, out, *flags):
+        first = ['--cache', cache, '--out', out, '--device', 'cpu', '--dtype', 'fp32']
+        if script != 'sample':
+            first += ['--preset', 'tiny', '--data', phantom, '--sample-every', 100]
+            first += [] if {'--iters', '--minutes'} & {*flags} else ['--iters', 4]
+        SCRIPTS[script].main(SCRIPTS[script].get_args([str(f) for f in (*first, *flags)]))
+        return Path(out)
+    return go
+
+
+@pytest.fixture(scope='session')
+def trained(call, tmp_path_factory):
+    """A folder with three finished runs: seg and bravo (RFlow), ddpm (a bravo on a grid of 50 times)."""
+    root = tmp_path_factory.mktemp('trained')
+    call('seg', root / 'seg', '--rflow')
+    call('bravo', root / 'bravo', '--rflow', '--lr', 0.01)
+    call('bravo', root / 'ddpm', '--steps', 50)
+    return root
