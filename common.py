@@ -1479,6 +1479,8 @@ def lr_find(train_step, net, opt, out, low=1e-6, high=1.0, steps=100):
             if not math.isfinite(loss) or (losses and smooth > 4 * min(losses)):
                 break
             lrs.append(lr), losses.append(smooth)
+    if len(lrs) < 2:
+        fail(f'--lr-find: the loss is {loss} at lr {lr:.1e} already; is the data in range?', 1)
     steep, valley = lr_suggestions(lrs, losses)
     if rank() == 0:
         write_csv(out / 'lr_find.csv', ['lr', 'loss'], zip(lrs, losses))
@@ -1548,6 +1550,14 @@ def load_file(path):
              'repository or a plain state dict')
 
 
+def whole(path):
+    """Whether a checkpoint file can be read to its end."""
+    try:
+        return bool(torch.load(path, map_location='cpu', weights_only=True)) or True
+    except Exception:
+        return False
+
+
 def load_checkpoint(path):
     """The state in a run folder (ckpt.pt, or ckpt.prev.pt where that one is missing or damaged) or in a file."""
     path = Path(path)
@@ -1570,6 +1580,9 @@ def open_run(args):
     """Makes the run folder, or finds the checkpoint to resume from. Returns it or None; fails when the flags differ."""
     out = Path(args.out)
     state = load_checkpoint(out) if any((out / f).exists() for f in ('ckpt.pt', 'ckpt.prev.pt')) else None
+    barrier()                                                   # all have read before one moves it aside:
+    if state and rank() == 0 and (out / 'ckpt.pt').exists() and not whole(out / 'ckpt.pt'):
+        os.replace(out / 'ckpt.pt', out / 'ckpt.damaged.pt')    # the next save must not push it over the good ckpt.prev.pt
     if state is None:
         if rank() == 0:
             out.mkdir(parents=True, exist_ok=True)

@@ -174,7 +174,7 @@ def main(args):
     for step in bar:
         loss, norm = train_step(step, lr_at(step, args))
         ema.update(net)
-        recent.append(loss)
+        recent.append(loss + 0 * norm)                                        # a gradient that is none counts as well
         done = step + 1
         signum = stop.asked(device) if world() == 1 or done % 10 == 0 else 0
         final, show = done == args.iters, done % sample_every == 0 or done == args.iters

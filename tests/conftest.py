@@ -1,4 +1,4 @@
-"""Shared by all tests: the import path, two threads at most, --slow, a small phantom, and trainings of the tiny preset."""
+"""Shared by all tests: import path, two threads at most, --slow, a small phantom, trainings of the tiny preset."""
 import os
 import signal
 import sys

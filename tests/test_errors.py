@@ -1,168 +1,371 @@
-"""Bad input: each ends with exit code 2 and one line that names the value and what was expected, before any work."""
+"""Every mistake ends in code 2 and one line: what was given, what was expected. Odd but usable data has a defined answer."""
 import gzip
+import shutil
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
 
-import sample
-import train_bravo
-import train_seg
-from common import find_patients, load_slices, make_phantom, part_of, read_nifti, read_patient, write_patient
+import common
+from common import find_patients, load_slices, part_of, read_nifti, read_patient
 
-BRAVO = [  # flags, what the line must say
-    ('--lr 0', ['--lr', "'0'", 'above 0']), ('--lr nan', ["'nan'", 'not a number']), ('--lr fast', ["'fast'"]),
-    ('--batch-size 0', ["'0'", 'at least 1']), ('--batch-size 2.5', ["'2.5'", 'whole number']), ('--batch-size 6 --accumulate 4', ['6', 'multiple', '4']),
-    ('--iters 5 --minutes 1', ['--iters', '--minutes']), ('--iters -1', ["'-1'"]), ('--minutes 0', ["'0'", 'above 0']),
-    ('--channels 8,x', ["'x'"]), ('--channels 8,8,8', ['2 levels', '3']), ('--attention 1', ['1 levels', '2']), ('--attention 0,2', ["'2'", 'at most 1']),
-    ('--size 17', ['17', 'multiple of 2']), ('--steps 1', ['--steps 1', 'at least 2']), ('--steps -1', ["'-1'"]),
-    ('--channels 8,12 --head-channels 8', ['8', '12 channels']), ('--logit-normal', ['--logit-normal', '--rflow']),
-    ('--rflow --target x0', ['x0', 'RFlow']), ('--target w', ["'w'", 'eps']), ('--schedule linearly', ['linearly']),
-    ('--init nowhere.pt', ['nowhere.pt', 'no such file']), ('--init-target v', ['--init-target', '--init']), ('--init-range 1,0 --init {bad}', ['1.0', 'rising']),
-    ('--rflow --init {bad} --init-target eps', ['eps', 'v or x0-eps']), ('--rflow --init {bad}', ['bad.pt', '--init-target']),
-    ('--bogus 1', ['--bogus']), ('--warm 3', ['--warm']), ('--preset huge', ['huge', 'small']), ('--device tpu', ['tpu']),
-    ('--perceptual-weights x.pth', ['--perceptual']), ('--perceptual 0.1 --perceptual-weights x.pth', ['x.pth', 'no such file']),
-    ('--perceptual 0.1 --perceptual-weights {bad}', ['bad.pt', 'VGG16']), ('--ema-decay 1.5', ["'1.5'", 'at most 1']), ('--clip 0', ["'0'"]),
-    ('--empty-slices 2', ["'2'"]), ('--split none.csv', ['none.csv', 'patient,part']), ('--data nowhere', ['nowhere', 'no such folder']),
-    ('--data {empty}', ['empty', 'no patient folder']), ('--split {columns}', ['patient,part']), ('--split {part}', ['holdout', 'train']),
-    ('--split {missing}', ['has no line for patient']), ('--split {ragged}', ['line 2', 'columns']), ('--out {file}', ['file', 'give a folder']),
-]
-SAMPLE = [
-    ('--bravo {run}', ['--seg, --data, --masks', 'none']), ('--bravo {run} --seg {run} --masks {empty}', ['one place']), ('--data {phantom}', ['--bravo RUN']),
-    ('--bravo {run} --data {phantom} --eta 0.5', ['--eta 0.5', 'ddim']), ('--bravo {run} --data {phantom} --steps 101', ['101', 'at most 100']),
-    ('--bravo {run} --data {phantom} --steps 4 --save-at .5,.51', ['0.51', 'more --steps']), ('--bravo {run} --data {phantom} --save-at 1.5', ["'1.5'"]),
-    ('--seg {run}', ['train_bravo.py']), ('--bravo {empty} --data {phantom}', ['ckpt.pt']), ('--bravo nowhere --data {phantom}', ['nowhere']),
-    ('--bravo {bad} --data {phantom}', ['bad.pt']), ('--bravo {run} --data {phantom} --out {foreign}', ['foreign', 'empty folder']),
-    ('--bravo {run} --data {phantom} --n 0', ["'0'"]), ('--bravo {run} --masks {empty}', ['no patient folder']),
-    ('--bravo {run} --data {phantom} --part holdout', ['holdout', 'judge']),
-]
+
+def refused(capsys, words, f, *args):
+    """f(*args) ends with code 2 and one line on stderr that holds all the words. Returns the line."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as e:
+        f(*args)
+    lines = capsys.readouterr().err.splitlines()
+    assert e.value.code == 2 and len(lines) == 1 and lines[0].startswith('error: '), (e.value.code, lines)
+    assert all(w in lines[0] for w in words), (words, lines[0])
+    return lines[0]
 
 
 @pytest.fixture(scope='module')
-def places(tmp_path_factory, phantom):
-    """Files and folders that the flags of the tables name."""
-    d = tmp_path_factory.mktemp('places')
-    (d / 'empty').mkdir(), (d / 'foreign').mkdir(), (d / 'foreign/thesis.txt').write_text('mine'), (d / 'file').write_text('x')
-    torch.save({'a': torch.zeros(1)}, d / 'bad.pt')
-    (d / 'columns.csv').write_text('name,group\na,train\n'), (d / 'ragged.csv').write_text('patient,part\na\n')
-    (d / 'part.csv').write_text('patient,part\na,holdout\n'), (d / 'missing.csv').write_text('patient,part\na,train\n')
-    train_bravo.main(train_bravo.get_args(['--preset', 'tiny', '--rflow', '--steps', '100', '--iters', '1', '--data', str(phantom),
-                                           '--cache', str(d / 'cache'), '--out', str(d / 'run')]))
-    return {n: d / n for n in ('empty', 'foreign', 'file', 'run', 'cache')} | {'bad': d / 'bad.pt', 'phantom': phantom, 'dir': d} | {
-        n: d / f'{n}.csv' for n in ('columns', 'ragged', 'part', 'missing')}
+def files(tmp_path_factory):
+    """Files that are wrong in one way each."""
+    root = tmp_path_factory.mktemp('files')
+    text = {'columns.csv': 'name,part\na,train\n', 'part.csv': 'patient,part\nphantom_0_000,training\n',
+            'short.csv': 'patient,part\nphantom_0_000\n', 'one.csv': 'patient,part\nphantom_0_000,train\n',
+            'empty.csv': '', 'notes.txt': 'not a network'}
+    for name, content in text.items():
+        (root / name).write_text(content)
+    (root / 'binary.csv').write_bytes(gzip.compress(b'patient,part\n') + bytes(range(256)))
+    (root / 'empty').mkdir()
+    (root / 'full').mkdir()
+    (root / 'full/thesis.txt').write_text('precious')
+    (root / 'run_without').mkdir()
+    (root / 'run_without/args.json').write_text('{}')
+    networks = {'plain': {'a.weight': torch.zeros(1)}, 'undotted': {'weight': torch.zeros(1)}, 'list': [1, 2],
+                'tensor': torch.zeros(3), 'numbers': {'epoch.number': 3}, 'half_attention': {'a.to_q.weight': torch.zeros(2, 2)}}
+    for name, content in networks.items():
+        torch.save(content, root / f'{name}.pt')
+    return root
 
 
-def refused(capsys, action, told):
-    """Runs it: SystemExit 2, one line on stderr that says all of `told`."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        action()
-    lines = capsys.readouterr().err.strip().split('\n')
-    assert stop.value.code == 2 and len(lines) == 1 and lines[0].startswith('error: '), lines
-    assert all(str(t) in lines[0] for t in told), lines[0]
+TRAIN = [  # script, flags, words of the line
+    ('bravo', '--lr 0', "--lr '0' above 0"),
+    ('bravo', '--lr nan', "--lr 'nan' number above 0"),
+    ('bravo', '--lr 1e-4x', "--lr '1e-4x'"),
+    ('seg', '--batch-size 0', "--batch-size '0' at least 1"),
+    ('bravo', '--batch-size 6 --accumulate 4', '--batch-size 6 multiple --accumulate 4'),
+    ('bravo', '--iters 2 --minutes 1', '--iters --minutes give one'),
+    ('seg', '--iters -1', "--iters '-1' at least 0"),
+    ('seg', '--iters 1.5', "--iters '1.5' whole number"),
+    ('bravo', '--minutes 0', "--minutes '0' above 0"),
+    ('bravo', '--channels 8,x', "--channels 'x' whole number"),
+    ('bravo', '--attention 0,0,1', '--attention 3 --channels 2'),
+    ('bravo', '--attention 0,2', "--attention '2' at most 1"),
+    ('bravo', '--size 17', '--size 17 multiple of 2'),
+    ('bravo', '--size 4', "--size '4' at least 8"),
+    ('bravo', '--steps 1', '--steps 1 at least 2 --rflow'),
+    ('bravo', '--steps -1', "--steps '-1' at least 0"),
+    ('bravo', '--head-channels 3', '--head-channels 3 divide 8'),
+    ('bravo', '--logit-normal', '--logit-normal --rflow'),
+    ('bravo', '--rflow --target x0', '--target x0 RFlow v'),
+    ('bravo', '--target x', "--target 'x' eps v x0"),
+    ('bravo', '--schedule quadratic', "--schedule 'quadratic' linear cosine"),
+    ('seg', '--ema-decay 1.5', "--ema-decay '1.5' at most 1"),
+    ('seg', '--clip 0', "--clip '0' above 0"),
+    ('seg', '--labels 0', "--labels '0' at least 1"),
+    ('seg', '--empty-slices 2', "--empty-slices '2' at most 1"),
+    ('seg', '--seed x', "--seed 'x' whole number"),
+    ('seg', '--no-such-flag 3', '--no-such-flag --help'),
+    ('seg', '--lr-fin', '--lr-fin --help'),
+    ('seg', '--perceptual 1', '--perceptual --help'),
+    ('bravo', '--init none.pt', '--init none.pt no such file'),
+    ('bravo', '--init-target eps', '--init-target --init'),
+    ('bravo', '--init-range 0,1', '--init-range --init'),
+    ('bravo', '--init {trained}/bravo --init-range 1,0', '--init-range 1 0 two rising'),
+    ('bravo', '--init {trained}/bravo --init-range 0', '--init-range two rising'),
+    ('bravo', '--init {trained}/bravo', '--init rflow True False agree'),
+    ('bravo', '--rflow --init {trained}/seg', '--init does not fit conv_in'),
+    ('bravo', '--rflow --channels 8,16 --init {trained}/bravo', '--init does not fit --channels'),
+    ('bravo', '--rflow --init {files}/plain.pt', '--init --init-target'),
+    ('bravo', '--rflow --init {files}/plain.pt --init-target eps', '--init-target eps RFlow v'),
+    ('bravo', '--init {files}/plain.pt --init-target eps', '--init does not fit missing'),
+    ('bravo', '--init {files}/undotted.pt --init-target eps', '--init undotted.pt'),
+    ('bravo', '--init {files}/half_attention.pt --init-target eps', '--init half_attention.pt'),
+    ('bravo', '--init {files}/list.pt --init-target eps', '--init list.pt'),
+    ('bravo', '--init {files}/tensor.pt --init-target eps', '--init tensor.pt'),
+    ('bravo', '--init {files}/numbers.pt --init-target eps', '--init numbers.pt'),
+    ('bravo', '--init {files}/notes.txt --init-target eps', 'notes.txt loaded safely'),
+    ('bravo', '--init {files}/run_without', 'run_without ckpt.pt'),
+    ('bravo', '--perceptual-weights {files}/plain.pt', '--perceptual-weights without --perceptual'),
+    ('bravo', '--perceptual 0.1 --perceptual-weights none.pth', '--perceptual-weights none.pth no such file'),
+    ('bravo', '--perceptual 0.1 --lpips-weights none.pth', '--lpips-weights none.pth no such file'),
+    ('bravo', '--perceptual 0.1 --perceptual-weights {files}/plain.pt', '--perceptual-weights plain.pt features.0.weight'),
+    ('bravo', '--perceptual 0.1 --perceptual-weights {files}/list.pt', '--perceptual-weights list.pt features.0.weight'),
+    ('bravo', '--perceptual 0.1 --perceptual-weights {files}/tensor.pt', '--perceptual-weights tensor.pt'),
+    ('bravo', '--perceptual -1', "--perceptual '-1' at least 0"),
+    ('seg', '--data none', '--data none no such folder one folder a patient'),
+    ('seg', '--data {files}/empty', '--data empty bravo, seg'),
+    ('seg', '--data {files}/notes.txt', '--data notes.txt folder'),
+    ('seg', '--split none.csv', '--split none.csv patient,part'),
+    ('seg', '--split {files}/columns.csv', '--split columns.csv patient,part'),
+    ('seg', '--split {files}/part.csv', "--split 'training' phantom_0_000 train, val"),
+    ('seg', '--split {files}/one.csv', '--split one.csv phantom_0_001 add it'),
+    ('seg', '--split {files}/short.csv', 'short.csv line 2 columns'),
+    ('seg', '--split {files}/empty.csv', '--split empty.csv patient,part'),
+    ('seg', '--split {files}/binary.csv', 'binary.csv'),
+    ('seg', '--out {files}/notes.txt', '--out notes.txt is a file'),
+]
 
 
-@pytest.mark.parametrize('flags,told', BRAVO, ids=[b[0] for b in BRAVO])
-def test_train_refuses(places, tmp_path, capsys, flags, told):
-    flags = flags.format(**places).split()
-    flags += [] if '--data' in flags else ['--data', str(places['phantom'])]
-    flags += [] if '--out' in flags else ['--out', str(tmp_path / 'run')]
-    refused(capsys, lambda: train_bravo.main(train_bravo.get_args(['--preset', 'tiny', '--cache', str(places['cache']), *flags])), told)
-    assert not (tmp_path / 'run/ckpt.pt').exists()
+@pytest.mark.parametrize('script, flags, words', TRAIN, ids=[f'{s} {f}' for s, f, _ in TRAIN])
+def test_training_refuses(call, trained, files, tmp_path, capsys, script, flags, words):
+    given = flags.format(trained=trained, files=files).split()
+    refused(capsys, words.split(), call, script, tmp_path / 'out', *given)
+    assert not list((tmp_path / 'out').glob('*.pt*'))
 
 
-@pytest.mark.parametrize('flags,told', SAMPLE, ids=[s[0] for s in SAMPLE])
-def test_sample_refuses(places, tmp_path, capsys, flags, told):
-    flags = flags.format(**places).split()
-    flags += [] if '--out' in flags else ['--out', str(tmp_path / 'set')]
-    refused(capsys, lambda: sample.main(sample.get_args(['--cache', str(places['cache']), *flags])), told)
-    assert not list(tmp_path.rglob('*.nii.gz'))
+OTHER = [('--lr 0.002', '--lr 0.002 0.001 another --out'), ('--iters 8', '--iters 8 4'), ('--seed 5', '--seed 5 0'),
+         ('--augment', '--augment True False'), ('--size 32', '--size 32 16')]
 
 
-def test_another_run_is_not_overwritten(places, capsys):
-    """The same --out with other flags, or another script's."""
-    shared = ['--preset', 'tiny', '--rflow', '--data', str(places['phantom']), '--cache', str(places['cache']), '--out', str(places['run'])]
-    refused(capsys, lambda: train_bravo.main(train_bravo.get_args([*shared, '--steps', '100', '--iters', '1', '--lr', '0.5'])), ['--lr 0.5', 'was 0.001'])
-    refused(capsys, lambda: train_seg.main(train_seg.get_args([*shared, '--steps', '100', '--iters', '1'])), ['--script seg', 'was bravo'])
+@pytest.mark.parametrize('flags, words', OTHER, ids=[f for f, _ in OTHER])
+def test_resuming_with_other_flags_is_refused(call, trained, capsys, flags, words):
+    """The run is left as it was."""
+    before = {f: f.read_bytes() for f in (trained / 'seg').iterdir()}
+    refused(capsys, words.split(), call, 'seg', trained / 'seg', '--rflow', *flags.split())
+    assert before == {f: f.read_bytes() for f in (trained / 'seg').iterdir()}
 
 
-# ---- damaged and odd files
+def test_resuming_the_other_script_or_a_foreign_checkpoint_is_refused(call, trained, files, tmp_path, capsys):
+    refused(capsys, ['--out', 'bravo', 'seg'], call, 'bravo', trained / 'seg', '--rflow')
+    for name in ('plain', 'list', 'tensor'):
+        (tmp_path / name).mkdir()
+        shutil.copy(files / f'{name}.pt', tmp_path / name / 'ckpt.pt')
+        refused(capsys, ['no training to resume', '--out'], call, 'bravo', tmp_path / name)
 
 
-def patient(root, name='p', image=None, mask=None):
-    image = np.full((2, 24, 24), 100.0, np.float32) + np.arange(24, dtype=np.float32) if image is None else image
-    write_patient(root / name, {'bravo': image}, np.zeros(image.shape) if mask is None else mask, (5.0, 2.0, 2.0))
-    return root / name
+SAMPLE = [
+    ('--bravo {trained}/bravo', '--seg --data --masks none'),
+    ('--bravo {trained}/bravo --seg {trained}/seg --data {phantom}', 'one --seg, --data'),
+    ('--data {phantom}', '--data --bravo'),
+    ('--masks {phantom}', '--masks --bravo'),
+    ('--bravo {trained}/bravo --data {phantom} --eta 0.5', '--eta 0.5 ddim'),
+    ('--bravo {trained}/ddpm --data {phantom} --steps 60', '--steps 60 grid of 50 at most'),
+    ('--bravo {trained}/ddpm --data {phantom} --sampler ddpm --steps 51', '--steps 51 grid of 50'),
+    ('--bravo {trained}/bravo --data {phantom} --steps 0', "--steps '0' at least 1"),
+    ('--bravo {trained}/bravo --data {phantom} --save-at .5,.51 --steps 4', '--save-at 0.5,0.51 4 more --steps'),
+    ('--bravo {trained}/bravo --data {phantom} --save-at 1.5', "--save-at '1.5' at most 1"),
+    ('--seg {trained}/seg --save-at .5', '--save-at --bravo'),
+    ('--bravo {trained}/seg --data {phantom}', '--bravo seg train_seg.py'),
+    ('--seg {trained}/bravo', '--seg bravo train_bravo.py'),
+    ('--seg {files}/run_without', 'run_without ckpt.pt'),
+    ('--seg none', '--seg none no such run folder'),
+    ('--seg {files}/plain.pt', 'plain.pt train_seg.py train_bravo.py'),
+    ('--seg {files}/list.pt', 'list.pt train_seg.py'),
+    ('--seg {files}/tensor.pt', 'tensor.pt train_seg.py'),
+    ('--seg {files}/notes.txt', 'notes.txt loaded safely'),
+    ('--bravo {trained}/bravo --masks none', '--masks none no such folder'),
+    ('--bravo {trained}/bravo --masks {files}/empty', 'empty seg'),
+    ('--bravo {trained}/bravo --data none', '--data none no such folder'),
+    ('--bravo {trained}/bravo --data {files}/empty', '--data empty bravo, seg'),
+    ('--bravo {trained}/bravo --data {phantom} --part all', "--part 'all' train val judge test"),
+    ('--bravo {trained}/bravo --data {phantom} --split none.csv', '--split none.csv patient,part'),
+    ('--bravo {trained}/bravo --data {phantom} --sampler magic', "--sampler 'magic' euler heun"),
+    ('--seg {trained}/seg --n 0', "--n '0' at least 1"),
+    ('--seg {trained}/seg --slice-level 2', "--slice-level '2' at most 1"),
+    ('--seg {trained}/seg --out {files}/full', '--out full empty folder'),
+    ('--seg {trained}/seg --out {files}/notes.txt', '--out notes.txt folder'),
+    ('--seg {trained}/seg --seg-step 3', '--seg-step --help'),
+]
 
 
-def save(path, array):
-    nib.save(nib.Nifti1Image(array, np.eye(4)), path)
+@pytest.mark.parametrize('flags, words', SAMPLE, ids=[f for f, _ in SAMPLE])
+def test_sampling_refuses(call, trained, phantom, files, tmp_path, capsys, flags, words):
+    """And leaves no folder of a patient, nor anything in a folder that is not its own."""
+    given = flags.format(trained=trained, phantom=phantom, files=files).split()
+    refused(capsys, words.split(), call, 'sample', tmp_path / 'out', *given)
+    assert not list((tmp_path / 'out').glob('syn_*')) and [f.name for f in (files / 'full').iterdir()] == ['thesis.txt']
 
 
-def truncate(p):
-    data = (p / 'bravo.nii.gz').read_bytes()
-    (p / 'bravo.nii.gz').write_bytes(data[:len(data) // 2])
+@pytest.mark.parametrize('script', ['seg', 'bravo', 'sample'])
+def test_help(call, tmp_path, capsys, script):
+    with pytest.raises(SystemExit) as e:
+        call(script, tmp_path, '--help')
+    assert e.value.code == 0 and '--out' in capsys.readouterr().out
 
 
-DAMAGE = {
-    'truncated gzip': (truncate, ['bravo.nii.gz', 'cannot be read', 'gzip -t']),
-    'no NIfTI': (lambda p: (p / 'bravo.nii.gz').write_bytes(gzip.compress(b'hello')), ['bravo.nii.gz', 'cannot be read']),
-    '4D': (lambda p: save(p / 'bravo.nii.gz', np.ones((24, 24, 2, 3), np.float32)), ['4 dimensions', 'one 3D volume']),
-    'mask of another shape': (lambda p: save(p / 'seg.nii.gz', np.zeros((24, 20, 2), np.uint8)), ['(24, 20, 2)', '(24, 24, 2)', 'resample']),
-    'NaN in mask': (lambda p: save(p / 'seg.nii.gz', np.full((24, 24, 2), np.nan, np.float32)), ['seg.nii.gz', 'whole numbers']),
-    'fractions in mask': (lambda p: save(p / 'seg.nii.gz', np.full((24, 24, 2), 0.5, np.float32)), ['whole numbers', '0.5']),
-    'negative mask': (lambda p: save(p / 'seg.nii.gz', np.full((24, 24, 2), -1, np.int16)), ['whole numbers', '-1']),
-    'two candidates': (lambda p: ((p / 'bravo.nii.gz').rename(p / 'x_t1ce.nii.gz'), save(p / 'y_t1c.nii.gz', np.ones((24, 24, 2)))), ['2 files', 'keep one']),
-    'groups.csv': (lambda p: (p.parent / 'groups.csv').write_text('dir,who\np,1\n'), ['groups.csv', 'folder,patient']),
-    'empty image': (lambda p: save(p / 'bravo.nii.gz', np.zeros((24, 24, 2), np.float32)), ['no head']),
+# -- data files -------------------------------------------------------------------------------------------------------
+
+
+def volume(f):
+    return np.asarray(nib.load(f).dataobj), nib.load(f).affine
+
+
+def save(f, a, dtype=None, like=None):
+    nib.save(nib.Nifti1Image(np.asarray(a, dtype), volume(like or f)[1]), f)
+
+
+def edit(name, change, dtype=np.float32):
+    """A change of one file of the first patient's voxels."""
+    return lambda p: save(p / name, change(volume(p / name)[0].astype(np.float32)), dtype)
+
+
+def put(value):
+    def change(a):
+        a[5, 5, 1] = value
+        return a
+    return change
+
+
+def header(at, data):
+    """Overwrites bytes of the first patient's image from that place in its header on."""
+    def change(p):
+        raw = bytearray(gzip.decompress((p / 'bravo.nii.gz').read_bytes()))
+        raw[at:at + len(data)] = data
+        (p / 'bravo.nii.gz').write_bytes(gzip.compress(bytes(raw)))
+    return change
+
+
+def colour(p):
+    a = volume(p / 'bravo.nii.gz')[0]
+    rgb = np.zeros(a.shape, [('R', 'u1'), ('G', 'u1'), ('B', 'u1')])
+    nib.save(nib.Nifti1Image(rgb, np.eye(4)), p / 'bravo.nii.gz')
+
+
+def cut(p, keep=0.5):
+    f = p / 'bravo.nii.gz'
+    f.write_bytes(f.read_bytes()[:int(len(f.read_bytes()) * keep)])
+
+
+def cut_plain(p):
+    save(p / 'bravo.nii', volume(p / 'bravo.nii.gz')[0], like=p / 'bravo.nii.gz')
+    (p / 'bravo.nii.gz').unlink()
+    (p / 'bravo.nii').write_bytes((p / 'bravo.nii').read_bytes()[:1000])
+
+
+def two_files(p):
+    shutil.copy(p / 'bravo.nii.gz', p / 'x_t1ce.nii.gz')
+    (p / 'bravo.nii.gz').rename(p / 'x_t1c.nii.gz')
+
+
+DATA = {
+    'truncated gzip': (cut, 'bravo.nii.gz cannot be read gzip -t'),
+    'empty file': (lambda p: (p / 'seg.nii.gz').write_bytes(b''), 'seg.nii.gz cannot be read'),
+    'text file': (lambda p: (p / 'bravo.nii.gz').write_text('hello'), 'bravo.nii.gz cannot be read'),
+    'gzipped text': (lambda p: (p / 'bravo.nii.gz').write_bytes(gzip.compress(b'hello' * 200)), 'bravo.nii.gz cannot be read'),
+    'truncated nii': (cut_plain, 'bravo.nii cannot be read'),
+    'unknown voxel type': (header(70, np.int16(9999).tobytes()), 'bravo.nii.gz cannot be read'),
+    'affine of NaN': (header(280, np.full(12, np.nan, np.float32).tobytes()), 'bravo.nii.gz'),
+    'affine of zeros': (header(280, bytes(48)), 'bravo.nii.gz'),
+    'colour': (colour, 'bravo.nii.gz'),
+    '4D': (edit('bravo.nii.gz', lambda a: np.stack([a, a], -1)), 'bravo.nii.gz 4 dimensions (32, 32, 3, 2) 3D'),
+    'mask of another shape': (edit('seg.nii.gz', lambda a: a[:-2]), 'seg.nii.gz (30, 32, 3) (32, 32, 3) resample'),
+    'mask with NaN': (edit('seg.nii.gz', put(np.nan)), 'seg.nii.gz mask whole numbers nan'),
+    'mask with a fraction': (edit('seg.nii.gz', put(0.5)), 'seg.nii.gz mask whole numbers'),
+    'negative mask': (edit('seg.nii.gz', put(-1), np.int16), 'seg.nii.gz mask from 0 -1'),
+    'groups columns': (lambda p: (p.parent / 'groups.csv').write_text('dir,patient\na,b\n'), 'groups.csv dir,patient expected folder,patient'),
+    'groups short line': (lambda p: (p.parent / 'groups.csv').write_text('folder,patient\na,b\nc\n'), 'groups.csv line 3 columns'),
+    'groups long line': (lambda p: (p.parent / 'groups.csv').write_text('folder,patient\na,b,c\n'), 'groups.csv line 2 columns'),
+    'groups binary': (lambda p: (p.parent / 'groups.csv').write_bytes(bytes(range(128, 256))), 'groups.csv'),
+    'manifest columns': (lambda p: (p.parent / 'manifest.csv').write_text('a,b\n1,2\n'), 'manifest.csv folder source_patient'),
+    'two files for one modality': (two_files, 'phantom_0_000 bravo x_t1c.nii.gz x_t1ce.nii.gz keep one'),
 }
 
 
-@pytest.mark.parametrize('kind', DAMAGE)
-def test_damaged_files(tmp_path, capsys, kind):
-    action, told = DAMAGE[kind]
-    action(patient(tmp_path / 'data'))
-    refused(capsys, lambda: load_slices([tmp_path / 'data'], 16, cache=tmp_path / 'c'), told)
-    assert not list((tmp_path / 'c').glob('*/index.json')) and not list((tmp_path / 'c').glob('.*'))
+@pytest.fixture
+def data(tmp_path, phantom):
+    shutil.copytree(phantom, tmp_path / 'data')
+    return tmp_path / 'data'
 
 
-def test_synthetic_of_a_test_patient_is_refused(tmp_path, capsys):
-    """Training data made from a held-out patient would leak it."""
-    source = next(f'q{i}' for i in range(99) if part_of(f'q{i}') == 'test')
-    patient(tmp_path / 'syn', 's0', np.zeros((1, 16, 16), np.float32))
-    (tmp_path / 'syn/manifest.csv').write_text(f'folder,source_patient\ns0,{source}\n')
-    refused(capsys, lambda: load_slices([tmp_path / 'syn'], 16, cache=tmp_path / 'c'), [source, 'test part', 'training patient'])
+@pytest.mark.parametrize('name', DATA)
+def test_data_is_refused(call, data, tmp_path, capsys, name):
+    """The line names the file; neither a checkpoint nor a half-written cache is left."""
+    DATA[name][0](data / 'phantom_0_000')
+    refused(capsys, DATA[name][1].split(), call, 'bravo', tmp_path / 'out', '--data', data, '--cache', tmp_path / 'cache')
+    assert not list((tmp_path / 'out').glob('*.pt*')) and not list((tmp_path / 'cache').glob('.*'))
 
 
-def test_defined_answers(tmp_path, capsys):
-    """Non-finite voxels become background and are counted; a trailing axis of 1 goes; labels 1-4 are tumour, or those of
-    --labels; a folder that lacks a file is named and left out; BraTS names are known."""
-    image = np.full((2, 24, 24), 100.0, np.float32)
-    image[0, 3, 3], image[1, 4, 4], image[0, 0, 0] = np.nan, np.inf, 7
-    mask = np.zeros(image.shape)
-    mask[0, 5:9, 5] = [1, 2, 3, 4]
-    p = patient(tmp_path / 'data', 'a', image, mask)
-    found = find_patients([tmp_path / 'data'], ('bravo', 'seg'))[0]
-    images, m, spacing, notes = read_patient(found)
-    assert images[0, 0, 3, 3] == images[0, 1, 4, 4] == 7 and notes['non-finite voxels set to background'] == 2
-    assert m[0, 5:9, 5].tolist() == [1, 1, 1, 1] and notes['masks with several labels'] == 1
-    assert read_patient(found, (1, 4))[1][0, 5:9, 5].tolist() == [1, 0, 0, 1]
-    save(p / 'bravo.nii.gz', np.ones((24, 24, 2, 1), np.float32))
-    assert read_nifti(p / 'bravo.nii.gz')[0].shape == (2, 24, 24)
-    lone = tmp_path / 'data/b'
-    patient(tmp_path / 'data', 'b')
-    (lone / 'seg.nii.gz').unlink()
-    brats = patient(tmp_path / 'data', 'BraTS-MET-00001-000')
-    (brats / 'bravo.nii.gz').rename(brats / 'BraTS-MET-00001-000-t1c.nii.gz')
-    (brats / 'seg.nii.gz').rename(brats / 'BraTS-MET-00001-000-seg.nii.gz')
-    capsys.readouterr()
-    assert [p['name'] for p in find_patients([tmp_path / 'data'], ('bravo', 'seg'))] == ['BraTS-MET-00001-000', 'a']
-    assert 'left out 1 folders' in (told := capsys.readouterr().out) and 'b (seg)' in told
+def test_no_head_is_refused(call, data, tmp_path, capsys):
+    for p in data.iterdir():
+        save(p / 'bravo.nii.gz', np.zeros((32, 32, 3)), np.uint8)
+    refused(capsys, ['--data', 'no head'], call, 'bravo', tmp_path / 'out', '--data', data, '--cache', tmp_path / 'cache')
 
 
-def test_small_split_says_so(tmp_path, capsys):
-    """Three patients leave parts empty: said, with the way out."""
-    make_phantom(tmp_path / 'three', 3, 0, 2, 32)
-    load_slices([tmp_path / 'three'], 16, cache=tmp_path / 'c')
-    assert '--split FILE' in capsys.readouterr().out
+def test_synthetic_patient_of_a_test_patient_is_refused(call, phantom, tmp_path, capsys):
+    """A set made from a test patient's mask never trains; made from a training patient's, or from none, it does."""
+    names = {part: next(f.name for f in sorted(phantom.iterdir()) if part_of(f.name) == part) for part in common.PARTS}
+    for part, source in (*names.items(), ('drawn', '')):
+        made = tmp_path / part
+        shutil.copytree(phantom / names['train'], made / 'syn_0_000000')
+        (made / 'manifest.csv').write_text(f'folder,source_patient\nsyn_0_000000,{source}\n')
+        flags = ['--rflow', '--iters', 1, '--data', phantom, made, '--cache', tmp_path / 'cache']
+        if part in ('train', 'drawn'):
+            call('bravo', tmp_path / f'out_{part}', *flags)
+            assert '14 real and 1 synthetic' in capsys.readouterr().out
+        else:
+            refused(capsys, [source, part, 'training patient'], call, 'bravo', tmp_path / f'out_{part}', *flags)
+
+
+# -- odd data with a defined answer -----------------------------------------------------------------------------------
+
+
+def patient(root, name='phantom_0_000'):
+    return next(p for p in find_patients([root], ('bravo', 'seg')) if p['name'] == name)
+
+
+def test_voxels_that_are_no_numbers_become_background(data, tmp_path, capsys):
+    """Counted, printed, and the lowest value of the image; the rest of the image is untouched."""
+    f = data / 'phantom_0_000/bravo.nii.gz'
+    before = read_patient(patient(data))[0]
+    a = volume(f)[0].astype(np.float32)
+    a[5, 5, 1], a[6, 5, 1], a[7, 5, 1] = np.nan, np.inf, -np.inf
+    save(f, a, np.float32)
+    images, _, _, notes = read_patient(patient(data))
+    changed = images != before
+    assert notes['non-finite voxels set to background'] == 3 and changed.sum() <= 3 and (images[changed] == before.min()).all()
+    made = load_slices([data], 16, cache=tmp_path / 'c')
+    assert '3 non-finite voxels set to background' in capsys.readouterr().out and np.isfinite(made.images).all()
+
+
+def test_a_fourth_dimension_of_one_is_dropped(data):
+    f = data / 'phantom_0_000/bravo.nii.gz'
+    before = read_nifti(f)
+    save(f, volume(f)[0][..., None])
+    after = read_nifti(f)
+    assert np.array_equal(before[0], after[0]) and before[1] == after[1]
+
+
+def test_label_maps(data, tmp_path, capsys):
+    """Labels 1..4 count as tumour, all of them or those of --labels; the file's 1..4 never reach the network."""
+    save(data / 'phantom_0_000/seg.nii.gz', np.arange(32 * 32 * 3).reshape(32, 32, 3) // 64 % 5, np.uint8)
+    p, labels = patient(data), read_nifti(data / 'phantom_0_000/seg.nii.gz')[0]
+    for chosen, wanted in ((None, labels > 0), ((1, 4), (labels == 1) | (labels == 4)), ((2,), labels == 2)):
+        _, mask, _, notes = read_patient(p, chosen)
+        assert mask.dtype == np.uint8 and np.array_equal(mask, wanted) and notes['masks with several labels'] == 1
+    total = [sum(r['tumour'] for r in load_slices([data], 16, cache=tmp_path / 'c', labels=v).table if r['patient'] == p['name'])
+             for v in (None, (1, 4), (2,))]
+    assert total[0] > total[1] > total[2] > 0 and '1 masks with several labels' in capsys.readouterr().out
+
+
+def test_a_folder_without_a_file_is_left_out_aloud(call, data, tmp_path, capsys):
+    (data / 'phantom_0_000/bravo.nii.gz').unlink()
+    (data / 'phantom_0_003/seg.nii.gz').unlink()
+    call('bravo', tmp_path / 'out', '--rflow', '--iters', 1, '--data', data, '--cache', tmp_path / 'c')
+    told = capsys.readouterr().out
+    assert 'left out 2 folders' in told and 'phantom_0_000 (bravo)' in told and 'phantom_0_003 (seg)' in told and '12 real' in told
+
+
+@pytest.mark.parametrize('names', [('BraTS20_Training_001_t1ce.nii.gz', 'BraTS20_Training_001_t1.nii.gz', 'BraTS20_Training_001_seg.nii.gz'),
+                                   ('BraTS-MET-00002-000-t1c.nii.gz', 'BraTS-MET-00002-000-t1n.nii.gz', 'BraTS-MET-00002-000-seg.nii.gz')])
+def test_brats_names(phantom, tmp_path, names):
+    """The image after contrast is never taken for the one before, nor the other way round."""
+    folder = tmp_path / 'data' / names[0].rsplit('_', 1)[0]
+    folder.mkdir(parents=True)
+    for mine, theirs in zip(('bravo', 't1_pre', 'seg'), names):
+        shutil.copy(phantom / f'phantom_0_000/{mine}.nii.gz', folder / theirs)
+    found = find_patients([tmp_path / 'data'], ('bravo', 't1_pre', 'seg'))
+    assert [{m: f.name for m, f in p['files'].items()} for p in found] == [dict(zip(('bravo', 't1_pre', 'seg'), names))]
+
+
+def test_groups_join_the_scans_of_a_patient(data):
+    """Two folders of one patient in groups.csv are one patient, in one part."""
+    (data / 'groups.csv').write_text('folder,patient\nphantom_0_000,anna\nphantom_0_001,anna\n')
+    found = common.split_patients(find_patients([data], ('seg',)))
+    assert [(p['name'], p['part']) for p in found[:2]] == [('anna', part_of('anna'))] * 2 and len({p['name'] for p in found}) == 13
