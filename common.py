@@ -20,7 +20,7 @@ Glossary (code name: the field's symbol)
   ts    decreasing solver times, ending at 0      extra, context   conditioning vector, conditioning tokens
   part  train | val | judge | test                box   the brain box: y0, x0, y1, x1 as fractions of the view
 """
-import argparse, contextlib, copy, csv, hashlib, io, json, math, os, re, shutil, signal, sys, time, uuid, zlib
+import argparse, contextlib, copy, csv, hashlib, io, json, math, os, re, shutil, signal, sys, time, uuid
 from collections import Counter
 from pathlib import Path
 
@@ -172,8 +172,11 @@ def write_csv(path, header, rows):
 
 def read_csv(path):
     """A CSV file with a header line, as a list of dicts. Fails on a line with another number of columns."""
-    with open(path, newline='') as f:
-        rows = list(csv.DictReader(f))
+    try:
+        with open(path, newline='', encoding='utf-8-sig') as f:          # spreadsheets write a byte-order mark
+            rows = list(csv.DictReader(f))
+    except (UnicodeDecodeError, csv.Error) as e:
+        fail(f'{path}: is no CSV text file ({type(e).__name__}); expected comma-separated columns in UTF-8')
     for i, row in enumerate(rows):
         if None in row or None in row.values():
             fail(f'{path}: line {i + 2} has another number of columns than the header')
@@ -240,7 +243,10 @@ def find_patients(roots, modalities):
             fail(f'{root}/groups.csv: columns are {",".join(groups[0])}; expected folder,patient')
         name_of = {g['folder']: g['patient'] for g in groups}
         synthetic = (root / 'manifest.csv').exists()
-        source = {r['folder']: r['source_patient'] for r in read_csv(root / 'manifest.csv')} if synthetic else {}
+        manifest = read_csv(root / 'manifest.csv') if synthetic else []
+        if manifest and not {'folder', 'source_patient'} <= manifest[0].keys():
+            fail(f'{root}/manifest.csv: columns are {",".join(manifest[0])}; expected folder,source_patient among them')
+        source = {r['folder']: r['source_patient'] for r in manifest}
         missing, found = [], 0
         for folder in sorted(f for f in root.iterdir() if f.is_dir() and not f.name.startswith('.')):
             if synthetic and folder.name not in source:
@@ -313,7 +319,7 @@ def read_nifti(path):
     try:
         image = nib.as_closest_canonical(nib.load(path))
         a = np.asarray(image.dataobj, dtype=np.float32)
-    except (OSError, EOFError, zlib.error, ValueError, nib.filebasedimages.ImageFileError) as e:
+    except Exception as e:                                      # nibabel, gzip and numpy raise a dozen kinds between them
         fail(f'{path}: cannot be read ({type(e).__name__}: {e}); check it with "gzip -t" and copy it again')
     while a.ndim > 3 and a.shape[-1] == 1:
         a = a[..., 0]
@@ -1581,7 +1587,7 @@ def open_run(args):
     out = Path(args.out)
     state = load_checkpoint(out) if any((out / f).exists() for f in ('ckpt.pt', 'ckpt.prev.pt')) else None
     barrier()                                                   # all have read before one moves it aside:
-    if state and rank() == 0 and (out / 'ckpt.pt').exists() and not whole(out / 'ckpt.pt'):
+    if state is not None and rank() == 0 and (out / 'ckpt.pt').exists() and not whole(out / 'ckpt.pt'):
         os.replace(out / 'ckpt.pt', out / 'ckpt.damaged.pt')    # the next save must not push it over the good ckpt.prev.pt
     if state is None:
         if rank() == 0:
@@ -1609,7 +1615,9 @@ def plain(args):
 def load_init(net, args):
     """Starts net from --init FILE: a run of ours (its EMA) or a MONAI state dict. Fails when the shapes do not fit."""
     state = load_checkpoint(args.init)
-    if 'args' in state:
+    if not isinstance(state, dict):
+        fail(f'--init {args.init}: holds a {type(state).__name__}; expected a run of ours or a MONAI state dict')
+    if 'args' in state and 'ema' in state:
         weights, theirs = state['ema'], state['args']
         for name in ('rflow', 'target'):
             if theirs[name] != getattr(args, name):
@@ -1620,8 +1628,11 @@ def load_init(net, args):
             fail(f'--init {args.init}: is not a run of ours; say what it predicts with --init-target eps|v|x0|x0-eps')
         for key in ('state_dict', 'model_state_dict', 'unet_state_dict', 'model'):
             state = state[key] if isinstance(state.get(key), dict) else state
-        weights = load_monai({k.removeprefix('module.').removeprefix('_orig_mod.'): v for k, v in state.items()})
-        if args.init_target == 'x0-eps':                        # MONAI's RFlow predicts x_0 - eps: turn the last layer round
+        try:
+            weights = load_monai({k.removeprefix('module.').removeprefix('_orig_mod.'): v for k, v in state.items() if torch.is_tensor(v)})
+        except (KeyError, ValueError, AttributeError) as e:
+            fail(f'--init {args.init}: is no state dict of MONAI\'s DiffusionModelUNet (at {e})')
+        if args.init_target == 'x0-eps' and 'out.2.weight' in weights:                        # MONAI's RFlow predicts x_0 - eps: turn the last layer round
             weights['out.2.weight'], weights['out.2.bias'] = -weights['out.2.weight'], -weights['out.2.bias']
     mine = net.state_dict()
     wrong = [f'{k} is {tuple(weights[k].shape) if k in weights else "missing"}, here {tuple(v.shape)}' for k, v in mine.items()
@@ -1724,13 +1735,13 @@ class VGG16(nn.Module):
         else:
             state = load_checkpoint(file)
         wanted = self.features.state_dict(prefix='features.')
-        if not all(k in state and state[k].shape == v.shape for k, v in wanted.items()):
+        if not isinstance(state, dict) or not all(k in state and state[k].shape == v.shape for k, v in wanted.items()):
             fail(f'--perceptual-weights {file}: lacks the 13 convolutions of VGG16 (features.0.weight ...)')
         self.load_state_dict({k: state[k] for k in wanted})
         self.heads = None
         if heads:
             state = load_checkpoint(heads)
-            if not all(f'lin{i}.model.1.weight' in state for i in range(5)):
+            if not isinstance(state, dict) or not all(f'lin{i}.model.1.weight' in state for i in range(5)):
                 fail(f'--lpips-weights {heads}: lacks lin0.model.1.weight ... lin4.model.1.weight')
             self.heads = [state[f'lin{i}.model.1.weight'].float().flatten() for i in range(5)]
         self.requires_grad_(False).eval()

@@ -50,6 +50,10 @@ def get_args(argv=None):
     for name in ('bravo', 'seg', 'masks'):
         if getattr(args, name) and not Path(getattr(args, name)).exists():
             fail(f'--{name} {getattr(args, name)}: no such {"folder" if name == "masks" else "run folder or checkpoint"}')
+    if args.save_at and not args.bravo:
+        fail('--save-at keeps the steps of an image; add --bravo RUN')
+    if Path(args.out).exists() and not Path(args.out).is_dir():
+        fail(f'--out {args.out}: is a file; give a folder')
     if Path(args.out).is_dir() and any(Path(args.out).iterdir()) and not (Path(args.out) / 'sample.json').exists():
         fail(f'--out {args.out}: holds files that are not a set of this script; give an empty folder')
     return args

@@ -1,4 +1,4 @@
-"""Every mistake ends in code 2 and one line: what was given, what was expected. Odd but usable data has a defined answer."""
+"""Every mistake ends in code 2 and one line: what was given, what was expected. Odd data has a defined answer."""
 import gzip
 import shutil
 
@@ -38,7 +38,8 @@ def files(tmp_path_factory):
     (root / 'run_without').mkdir()
     (root / 'run_without/args.json').write_text('{}')
     networks = {'plain': {'a.weight': torch.zeros(1)}, 'undotted': {'weight': torch.zeros(1)}, 'list': [1, 2],
-                'tensor': torch.zeros(3), 'numbers': {'epoch.number': 3}, 'half_attention': {'a.to_q.weight': torch.zeros(2, 2)}}
+                'tensor': torch.zeros(3), 'numbers': {'epoch.number': 3},
+                'half_attention': {'a.to_q.weight': torch.zeros(2, 2)}}
     for name, content in networks.items():
         torch.save(content, root / f'{name}.pt')
     return root
@@ -87,6 +88,7 @@ TRAIN = [  # script, flags, words of the line
     ('bravo', '--init {files}/plain.pt --init-target eps', '--init does not fit missing'),
     ('bravo', '--init {files}/undotted.pt --init-target eps', '--init undotted.pt'),
     ('bravo', '--init {files}/half_attention.pt --init-target eps', '--init half_attention.pt'),
+    ('bravo', '--rflow --init {files}/plain.pt --init-target x0-eps', '--init plain.pt'),
     ('bravo', '--init {files}/list.pt --init-target eps', '--init list.pt'),
     ('bravo', '--init {files}/tensor.pt --init-target eps', '--init tensor.pt'),
     ('bravo', '--init {files}/numbers.pt --init-target eps', '--init numbers.pt'),
@@ -95,8 +97,8 @@ TRAIN = [  # script, flags, words of the line
     ('bravo', '--perceptual-weights {files}/plain.pt', '--perceptual-weights without --perceptual'),
     ('bravo', '--perceptual 0.1 --perceptual-weights none.pth', '--perceptual-weights none.pth no such file'),
     ('bravo', '--perceptual 0.1 --lpips-weights none.pth', '--lpips-weights none.pth no such file'),
-    ('bravo', '--perceptual 0.1 --perceptual-weights {files}/plain.pt', '--perceptual-weights plain.pt features.0.weight'),
-    ('bravo', '--perceptual 0.1 --perceptual-weights {files}/list.pt', '--perceptual-weights list.pt features.0.weight'),
+    ('bravo', '--perceptual 0.1 --perceptual-weights {files}/plain.pt', 'weights plain.pt features.0.weight'),
+    ('bravo', '--perceptual 0.1 --perceptual-weights {files}/list.pt', 'weights list.pt features.0.weight'),
     ('bravo', '--perceptual 0.1 --perceptual-weights {files}/tensor.pt', '--perceptual-weights tensor.pt'),
     ('bravo', '--perceptual -1', "--perceptual '-1' at least 0"),
     ('seg', '--data none', '--data none no such folder one folder a patient'),
@@ -244,11 +246,21 @@ def two_files(p):
     (p / 'bravo.nii.gz').rename(p / 'x_t1c.nii.gz')
 
 
+def table(name, content):
+    """Puts a CSV file into the data folder."""
+    content = content if isinstance(content, bytes) else content.encode()
+    return lambda p: (p.parent / name).write_bytes(content)
+
+
+def content(name, data):
+    return lambda p: (p / name).write_bytes(data)
+
+
 DATA = {
     'truncated gzip': (cut, 'bravo.nii.gz cannot be read gzip -t'),
-    'empty file': (lambda p: (p / 'seg.nii.gz').write_bytes(b''), 'seg.nii.gz cannot be read'),
-    'text file': (lambda p: (p / 'bravo.nii.gz').write_text('hello'), 'bravo.nii.gz cannot be read'),
-    'gzipped text': (lambda p: (p / 'bravo.nii.gz').write_bytes(gzip.compress(b'hello' * 200)), 'bravo.nii.gz cannot be read'),
+    'empty file': (content('seg.nii.gz', b''), 'seg.nii.gz cannot be read'),
+    'text file': (content('bravo.nii.gz', b'hello'), 'bravo.nii.gz cannot be read'),
+    'gzipped text': (content('bravo.nii.gz', gzip.compress(b'hello' * 200)), 'bravo.nii.gz cannot be read'),
     'truncated nii': (cut_plain, 'bravo.nii cannot be read'),
     'unknown voxel type': (header(70, np.int16(9999).tobytes()), 'bravo.nii.gz cannot be read'),
     'affine of NaN': (header(280, np.full(12, np.nan, np.float32).tobytes()), 'bravo.nii.gz'),
@@ -259,11 +271,11 @@ DATA = {
     'mask with NaN': (edit('seg.nii.gz', put(np.nan)), 'seg.nii.gz mask whole numbers nan'),
     'mask with a fraction': (edit('seg.nii.gz', put(0.5)), 'seg.nii.gz mask whole numbers'),
     'negative mask': (edit('seg.nii.gz', put(-1), np.int16), 'seg.nii.gz mask from 0 -1'),
-    'groups columns': (lambda p: (p.parent / 'groups.csv').write_text('dir,patient\na,b\n'), 'groups.csv dir,patient expected folder,patient'),
-    'groups short line': (lambda p: (p.parent / 'groups.csv').write_text('folder,patient\na,b\nc\n'), 'groups.csv line 3 columns'),
-    'groups long line': (lambda p: (p.parent / 'groups.csv').write_text('folder,patient\na,b,c\n'), 'groups.csv line 2 columns'),
-    'groups binary': (lambda p: (p.parent / 'groups.csv').write_bytes(bytes(range(128, 256))), 'groups.csv'),
-    'manifest columns': (lambda p: (p.parent / 'manifest.csv').write_text('a,b\n1,2\n'), 'manifest.csv folder source_patient'),
+    'groups columns': (table('groups.csv', 'dir,patient\na,b\n'), 'groups.csv dir,patient expected folder,patient'),
+    'groups short line': (table('groups.csv', 'folder,patient\na,b\nc\n'), 'groups.csv line 3 columns'),
+    'groups long line': (table('groups.csv', 'folder,patient\na,b,c\n'), 'groups.csv line 2 columns'),
+    'groups binary': (table('groups.csv', bytes(range(128, 256))), 'groups.csv'),
+    'manifest columns': (table('manifest.csv', 'a,b\n1,2\n'), 'manifest.csv folder source_patient'),
     'two files for one modality': (two_files, 'phantom_0_000 bravo x_t1c.nii.gz x_t1ce.nii.gz keep one'),
 }
 
@@ -277,15 +289,17 @@ def data(tmp_path, phantom):
 @pytest.mark.parametrize('name', DATA)
 def test_data_is_refused(call, data, tmp_path, capsys, name):
     """The line names the file; neither a checkpoint nor a half-written cache is left."""
-    DATA[name][0](data / 'phantom_0_000')
-    refused(capsys, DATA[name][1].split(), call, 'bravo', tmp_path / 'out', '--data', data, '--cache', tmp_path / 'cache')
+    change, words = DATA[name]
+    change(data / 'phantom_0_000')
+    refused(capsys, words.split(), call, 'bravo', tmp_path / 'out', '--data', data, '--cache', tmp_path / 'cache')
     assert not list((tmp_path / 'out').glob('*.pt*')) and not list((tmp_path / 'cache').glob('.*'))
 
 
 def test_no_head_is_refused(call, data, tmp_path, capsys):
     for p in data.iterdir():
         save(p / 'bravo.nii.gz', np.zeros((32, 32, 3)), np.uint8)
-    refused(capsys, ['--data', 'no head'], call, 'bravo', tmp_path / 'out', '--data', data, '--cache', tmp_path / 'cache')
+    flags = ['--data', data, '--cache', tmp_path / 'cache']
+    refused(capsys, ['--data', 'no head'], call, 'bravo', tmp_path / 'out', *flags)
 
 
 def test_synthetic_patient_of_a_test_patient_is_refused(call, phantom, tmp_path, capsys):
@@ -319,7 +333,8 @@ def test_voxels_that_are_no_numbers_become_background(data, tmp_path, capsys):
     save(f, a, np.float32)
     images, _, _, notes = read_patient(patient(data))
     changed = images != before
-    assert notes['non-finite voxels set to background'] == 3 and changed.sum() <= 3 and (images[changed] == before.min()).all()
+    assert notes['non-finite voxels set to background'] == 3
+    assert changed.sum() <= 3 and (images[changed] == before.min()).all()
     made = load_slices([data], 16, cache=tmp_path / 'c')
     assert '3 non-finite voxels set to background' in capsys.readouterr().out and np.isfinite(made.images).all()
 
@@ -339,8 +354,8 @@ def test_label_maps(data, tmp_path, capsys):
     for chosen, wanted in ((None, labels > 0), ((1, 4), (labels == 1) | (labels == 4)), ((2,), labels == 2)):
         _, mask, _, notes = read_patient(p, chosen)
         assert mask.dtype == np.uint8 and np.array_equal(mask, wanted) and notes['masks with several labels'] == 1
-    total = [sum(r['tumour'] for r in load_slices([data], 16, cache=tmp_path / 'c', labels=v).table if r['patient'] == p['name'])
-             for v in (None, (1, 4), (2,))]
+    tables = [load_slices([data], 16, cache=tmp_path / 'c', labels=v).table for v in (None, (1, 4), (2,))]
+    total = [sum(r['tumour'] for r in t if r['patient'] == p['name']) for t in tables]
     assert total[0] > total[1] > total[2] > 0 and '1 masks with several labels' in capsys.readouterr().out
 
 
@@ -349,14 +364,14 @@ def test_a_folder_without_a_file_is_left_out_aloud(call, data, tmp_path, capsys)
     (data / 'phantom_0_003/seg.nii.gz').unlink()
     call('bravo', tmp_path / 'out', '--rflow', '--iters', 1, '--data', data, '--cache', tmp_path / 'c')
     told = capsys.readouterr().out
-    assert 'left out 2 folders' in told and 'phantom_0_000 (bravo)' in told and 'phantom_0_003 (seg)' in told and '12 real' in told
+    assert all(w in told for w in ('left out 2 folders', 'phantom_0_000 (bravo)', 'phantom_0_003 (seg)', '12 real'))
 
 
-@pytest.mark.parametrize('names', [('BraTS20_Training_001_t1ce.nii.gz', 'BraTS20_Training_001_t1.nii.gz', 'BraTS20_Training_001_seg.nii.gz'),
-                                   ('BraTS-MET-00002-000-t1c.nii.gz', 'BraTS-MET-00002-000-t1n.nii.gz', 'BraTS-MET-00002-000-seg.nii.gz')])
-def test_brats_names(phantom, tmp_path, names):
+@pytest.mark.parametrize('name, ends', [('BraTS20_Training_001', ('_t1ce', '_t1', '_seg')),
+                                        ('BraTS-MET-00002-000', ('-t1c', '-t1n', '-seg'))])
+def test_brats_names(phantom, tmp_path, name, ends):
     """The image after contrast is never taken for the one before, nor the other way round."""
-    folder = tmp_path / 'data' / names[0].rsplit('_', 1)[0]
+    folder, names = tmp_path / 'data' / name, [f'{name}{e}.nii.gz' for e in ends]
     folder.mkdir(parents=True)
     for mine, theirs in zip(('bravo', 't1_pre', 'seg'), names):
         shutil.copy(phantom / f'phantom_0_000/{mine}.nii.gz', folder / theirs)
@@ -364,8 +379,17 @@ def test_brats_names(phantom, tmp_path, names):
     assert [{m: f.name for m, f in p['files'].items()} for p in found] == [dict(zip(('bravo', 't1_pre', 'seg'), names))]
 
 
+def test_a_table_from_a_spreadsheet(data):
+    """Excel's "CSV UTF-8" starts with a byte-order mark and ends lines its own way."""
+    names = [p['name'] for p in find_patients([data], ('seg',))]
+    (data / 'split.csv').write_text('patient,part\r\n' + ''.join(f'{n},test\r\n' for n in names), 'utf-8-sig')
+    found = common.split_patients(find_patients([data], ('seg',)), data / 'split.csv')
+    assert {p['part'] for p in found} == {'test'} and len(found) == 14
+
+
 def test_groups_join_the_scans_of_a_patient(data):
     """Two folders of one patient in groups.csv are one patient, in one part."""
     (data / 'groups.csv').write_text('folder,patient\nphantom_0_000,anna\nphantom_0_001,anna\n')
     found = common.split_patients(find_patients([data], ('seg',)))
-    assert [(p['name'], p['part']) for p in found[:2]] == [('anna', part_of('anna'))] * 2 and len({p['name'] for p in found}) == 13
+    assert [(p['name'], p['part']) for p in found[:2]] == [('anna', part_of('anna'))] * 2
+    assert len({p['name'] for p in found}) == 13

@@ -1,4 +1,4 @@
-"""What must hold when something dies: resuming to the same bits, whole checkpoints, whole sets, 1 process or 2 the same."""
+"""What must hold when something dies: resuming to the same bits, whole checkpoints, whole sets, 1 process as 2."""
 import csv
 import errno
 import json
@@ -122,7 +122,7 @@ def state(step):
 
 
 class Faults:
-    """Raises `error` before or after the n-th disk call that common makes; a write before which it raises is half done."""
+    """Raises `error` before or after the n-th disk call of common; a write that it raises before is half done."""
 
     def __init__(self, monkeypatch, n, when, error):
         self.n, self.when, self.error, self.calls = n, when, error, []
@@ -185,7 +185,11 @@ def whole(out):
     return found['step']
 
 
-@pytest.mark.parametrize('error', [OSError(errno.ENOSPC, 'No space left on device'), Killed()], ids=['full disk', 'kill'])
+FULL = OSError(errno.ENOSPC, 'No space left on device')
+DAMAGE = {'half': lambda b: b[:1000], 'no end': lambda b: b[:-99], 'empty': lambda b: b'', 'text': lambda b: b'x'}
+
+
+@pytest.mark.parametrize('error', [FULL, Killed()], ids=['full disk', 'kill'])
 @pytest.mark.parametrize('when', ['before', 'after'])
 @pytest.mark.parametrize('saved', [0, 1, 2])
 def test_a_fault_at_any_disk_call_of_a_save(tmp_path, monkeypatch, capsys, error, when, saved):
@@ -232,8 +236,7 @@ def test_two_kills_in_a_row(tmp_path, monkeypatch):
     assert first >= 6
 
 
-@pytest.mark.parametrize('damage', [lambda b: b[:len(b) // 2], lambda b: b[:-100], lambda b: b'', lambda b: b'no checkpoint'],
-                         ids=['half', 'no end', 'empty', 'text'])
+@pytest.mark.parametrize('damage', DAMAGE.values(), ids=DAMAGE)
 def test_a_damaged_checkpoint_falls_back(tmp_path, capsys, damage):
     """ckpt.pt damaged: ckpt.prev.pt and a line that says so. Both: code 2 and one line."""
     save_checkpoint(tmp_path, state(1)), save_checkpoint(tmp_path, state(2))
@@ -270,6 +273,11 @@ def test_resume_from_a_damaged_checkpoint(call, tmp_path, monkeypatch):
     assert_same_run(straight, call('bravo', out, *flags))
 
 
+def python(*args):
+    return subprocess.run([sys.executable, *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=300,
+                          env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)})
+
+
 KILLER = '''
 import os, random, signal, sys, time
 from pathlib import Path
@@ -279,9 +287,18 @@ import train_bravo
 from common import load_checkpoint
 w = torch.nn.Parameter(torch.zeros(1))
 w.grad = torch.zeros(1)
-torch.optim.AdamW([w], fused=True).step()                                       # its slow imports, once and not 20 times
-out, flags = Path(sys.argv[1]), sys.argv[2:]
-rng, steps, stamp = random.Random(0), [], lambda: (out / 'ckpt.pt').stat().st_mtime_ns if (out / 'ckpt.pt').exists() else 0
+torch.optim.AdamW([w], fused=True).step()                          # its slow imports, once and not 20 times
+file, flags = Path(sys.argv[1]) / 'ckpt.pt', sys.argv[2:]
+rng, steps = random.Random(0), []
+
+
+def stamp():
+    try:
+        return file.stat().st_mtime_ns
+    except FileNotFoundError:                                          # never saved, or between two renames
+        return 0
+
+
 for i in range(20):
     before = stamp()
     pid = os.fork()
@@ -292,12 +309,12 @@ for i in range(20):
         finally:
             os._exit(1)
     limit = time.time() + 60
-    while stamp() == before and time.time() < limit:
+    while stamp() in (0, before) and time.time() < limit:
         time.sleep(0.005)
     time.sleep(rng.uniform(0, 0.6))
     os.kill(pid, signal.SIGKILL)
     assert os.waitpid(pid, 0)[1] == signal.SIGKILL, 'the training ended by itself'
-    state = load_checkpoint(out)
+    state = load_checkpoint(file.parent)
     assert all(v.isfinite().all() for v in state['net'].values())
     steps.append(state['step'])
 assert steps == sorted(steps) and len(set(steps)) == 20, steps
@@ -306,11 +323,10 @@ print('steps', *steps)
 
 
 def test_twenty_sigkills(call, tmp_path, phantom, cache):
-    """A real training, saving at every step, killed at 20 random moments: always a whole checkpoint, always further on."""
+    """A real training that saves at every step, killed at 20 random moments: always whole, always further on."""
     out = tmp_path / 'run'
-    flags = ['--preset', 'tiny', '--rflow', '--iters', 10 ** 6, '--save-every', 1, '--data', phantom, '--cache', cache, '--out', out]
-    done = subprocess.run([sys.executable, '-c', KILLER, *map(str, [out, *flags])], cwd=ROOT, capture_output=True, text=True,
-                          env={**os.environ, 'OMP_NUM_THREADS': '1'}, timeout=300)
+    flags = ['--preset', 'tiny', '--rflow', '--iters', 10 ** 6, '--save-every', 1, '--data', phantom, '--cache', cache]
+    done = python('-c', KILLER, out, *flags, '--out', out)
     assert done.returncode == 0 and 'steps' in done.stdout, done.stdout + done.stderr
     rows = common.read_csv(out / 'log.csv')
     assert [int(r['step']) for r in rows] == sorted({int(r['step']) for r in rows})
@@ -322,7 +338,7 @@ def test_twenty_sigkills(call, tmp_path, phantom, cache):
 @pytest.mark.parametrize('kind', ['seg', 'bravo'])
 @pytest.mark.parametrize('what', ['loss', 'gradient'])
 def test_a_number_that_is_none_stops_the_run(call, tmp_path, monkeypatch, capsys, kind, what):
-    """A NaN loss, or a NaN gradient of a finite loss: code 1, a line with step and rate, the last checkpoint stays good."""
+    """A NaN loss, or NaN gradient of a finite loss: code 1, a line with step and rate, the last checkpoint is good."""
     real, calls = common.Process.loss, []
 
     def loss(self, *args, **kw):
@@ -393,6 +409,11 @@ def vgg_state():
 # -- sets -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def pair(trained):
+    return ['--seg', trained / 'seg', '--bravo', trained / 'bravo']
+
+
 def read_set(out):
     """{folder: (manifest line, {file: array or bytes})}; the manifest and the folders must name the same patients."""
     with open(out / 'manifest.csv', newline='') as f:
@@ -413,9 +434,9 @@ def assert_same_set(a, b, tolerance=0.0):
 
 
 @pytest.mark.parametrize('where', ['in a file', 'before the manifest'])
-def test_a_killed_set_goes_on(call, trained, tmp_path, monkeypatch, where):
+def test_a_killed_set_goes_on(call, pair, tmp_path, monkeypatch, where):
     """Killed inside the 4th patient: what is half done goes, the rest stays, and the whole equals one never killed."""
-    flags = ['--seg', trained / 'seg', '--bravo', trained / 'bravo', '--steps', 3, '--seg-steps', 3, '--n', 6, '--batch-size', 1]
+    flags = [*pair, '--steps', 3, '--seg-steps', 3, '--n', 6, '--batch-size', 1]
     straight = call('sample', tmp_path / 'straight', *flags)
     out, count = tmp_path / 'cut', []
     name = 'nib.save' if where == 'in a file' else 'write_patient'
@@ -440,9 +461,9 @@ def test_a_killed_set_goes_on(call, trained, tmp_path, monkeypatch, where):
     assert not [f for f in out.iterdir() if f.name.startswith('.')] and (out / 'grid.png').exists()
 
 
-def test_a_set_stopped_by_a_signal(call, trained, tmp_path, monkeypatch):
+def test_a_set_stopped_by_a_signal(call, pair, tmp_path, monkeypatch):
     """SIGTERM ends after the batch with 143; a manifest line that was cut off is not believed."""
-    flags = ['--seg', trained / 'seg', '--bravo', trained / 'bravo', '--steps', 2, '--seg-steps', 2, '--n', 5, '--batch-size', 2]
+    flags = [*pair, '--steps', 2, '--seg-steps', 2, '--n', 5, '--batch-size', 2]
     straight, real = call('sample', tmp_path / 'straight', *flags), sample.write_patient
     with monkeypatch.context() as m:
         m.setattr(sample, 'write_patient', lambda *a: (real(*a), os.kill(os.getpid(), signal.SIGTERM)))
@@ -454,12 +475,13 @@ def test_a_set_stopped_by_a_signal(call, trained, tmp_path, monkeypatch):
     assert_same_set(straight, tmp_path / 'cut', 1e-4)
 
 
-def test_a_set_with_other_flags_is_refused(call, trained, tmp_path, capsys):
+def test_a_set_with_other_flags_is_refused(call, trained, pair, tmp_path, capsys):
     """Another seed, solver length or model: code 2, and the set stays as it was. More images: allowed."""
-    flags = ['--seg', trained / 'seg', '--bravo', trained / 'bravo', '--steps', 2, '--seg-steps', 2, '--n', 2]
+    flags = [*pair, '--steps', 2, '--seg-steps', 2, '--n', 2]
     out = call('sample', tmp_path / 'set', *flags)
     before = {f: f.read_bytes() for f in out.rglob('*') if f.is_file()}
-    for more, word in ((['--steps', 3], 'steps 3 (was 2)'), (['--seed', 1], 'seed 1 (was 0)'), (['--bravo', trained / 'ddpm'], 'bravo')):
+    other = {'steps 3 (was 2)': ['--steps', 3], 'seed 1 (was 0)': ['--seed', 1], 'bravo': ['--bravo', trained / 'ddpm']}
+    for word, more in other.items():
         capsys.readouterr()
         assert code(call, 'sample', out, *flags, *more) == 2
         assert word in one_line(capsys)
@@ -467,17 +489,17 @@ def test_a_set_with_other_flags_is_refused(call, trained, tmp_path, capsys):
     assert len(read_set(call('sample', out, *flags, '--n', 3))) == 3
 
 
-def test_the_batch_and_the_number_asked_for_change_no_image(call, trained, tmp_path, monkeypatch):
+def test_the_batch_and_the_number_asked_for_change_no_image(call, pair, tmp_path, monkeypatch):
     """Batches of 1 and 4: the same noise to the bit, images within 1e-4. n=3 and n=8: the same first three."""
-    flags = ['--seg', trained / 'seg', '--bravo', trained / 'bravo', '--steps', 4, '--seg-steps', 4]
+    flags = [*pair, '--steps', 4, '--seg-steps', 4]
     noise, real = {}, sample.SAMPLERS['euler']
 
     def spy(denoise, x, *args, **kw):
         noise.setdefault(name, []).append(x.clone())
         return real(denoise, x, *args, **kw)
     monkeypatch.setitem(sample.SAMPLERS, 'euler', spy)
-    for name, more in (('1', ['--n', 8, '--batch-size', 1]), ('4', ['--n', 8, '--batch-size', 4]), ('3', ['--n', 3, '--batch-size', 4])):
-        call('sample', tmp_path / name, *flags, *more)
+    for name, n, batch in (('1', 8, 1), ('4', 8, 4), ('3', 3, 4)):
+        call('sample', tmp_path / name, *flags, '--n', n, '--batch-size', batch)
     take = lambda name, k: torch.cat(noise[name][k::2])                        # masks and images take turns
     for k in (0, 1):
         assert torch.equal(take('1', k), take('4', k)) and torch.equal(take('3', k), take('4', k)[:3])
@@ -502,10 +524,10 @@ sample.main(sample.get_args(draw))
 '''
 
 
-def test_two_processes_equal_one(call, trained, tmp_path, phantom, cache):
+def test_two_processes_equal_one(call, pair, tmp_path, phantom, cache):
     """torchrun with 2: the same losses (1e-5) and weights, the same folders and masks, images within 1e-4."""
     train = ['--rflow', '--slice-level', '--augment', '--accumulate', 2, '--save-every', 1, '--sample-every', 2]
-    draw = ['--seg', trained / 'seg', '--bravo', trained / 'bravo', '--steps', 3, '--seg-steps', 3, '--n', 5, '--batch-size', 2]
+    draw = [*pair, '--steps', 3, '--seg-steps', 3, '--n', 5, '--batch-size', 2]
     one = call('bravo', tmp_path / 'one', *train), call('sample', tmp_path / 'set_one', *draw)
     shared = ['--cache', cache, '--device', 'cpu', '--dtype', 'fp32', '--out']
     train = ['--preset', 'tiny', '--data', phantom, '--iters', 4, *train, *shared, tmp_path / 'two']
@@ -514,9 +536,8 @@ def test_two_processes_equal_one(call, trained, tmp_path, phantom, cache):
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
     both = json.dumps([[str(f) for f in train], [str(f) for f in [*draw, *shared, tmp_path / 'set_two']]])
-    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_addr=127.0.0.1', f'--master_port={port}',
-                           str(tmp_path / 'both.py'), both], cwd=ROOT, capture_output=True, text=True, timeout=300,
-                          env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)})
+    done = python('-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_addr=127.0.0.1',
+                  f'--master_port={port}', tmp_path / 'both.py', both)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count('4 steps done') == 1 and done.stdout.count('5 patients (') == 1
     a, b = (common.read_csv(f / 'log.csv') for f in (one[0], tmp_path / 'two'))
