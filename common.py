@@ -1060,17 +1060,17 @@ class DDPM(Process):
             f = lambda u: torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
             beta = 1 - f((k + 1) / steps) / f(k / steps)
         alpha_bar = torch.cumprod(1 - beta.clamp(max=0.999), 0)
-        self.table = (torch.log(alpha_bar) - torch.log1p(-alpha_bar)).float()          # log-SNR at t = 1/steps ... 1
+        self.table = torch.log(alpha_bar) - torch.log1p(-alpha_bar)                    # log-SNR at t = 1/steps ... 1, fp64
 
-    def log_snr(self, t):
+    def log_snr(self, t, dtype=torch.float32):
         """Linear between grid times; below the first one sigma/alpha falls linearly to 0 at t=0 (infinite log-SNR)."""
-        t = torch.as_tensor(t, dtype=torch.float32)
+        t = torch.as_tensor(t).double()
         table, k = self.table.to(t.device), t * self.steps
         k = torch.where((k - k.round()).abs() < 1e-3, k.round(), k)                   # t is rounded, the grid is not
         low = (k.floor().long() - 1).clamp(0, self.steps - 1)
         high = (low + 1).clamp(max=self.steps - 1)
         inside = table[low] + (k - 1 - low).clamp(0, 1) * (table[high] - table[low])
-        return torch.where(k < 1, table[0] - 2 * torch.log(k.clamp(min=0)), inside)
+        return torch.where(k < 1, table[0] - 2 * torch.log(k.clamp(min=0)), inside).to(dtype)
 
     def alpha(self, t):
         return torch.sigmoid(self.log_snr(t)).sqrt()
@@ -1110,9 +1110,9 @@ class RFlow(Process):
     def sigma(self, t):
         return torch.as_tensor(t, dtype=torch.float32)
 
-    def log_snr(self, t):
-        t = torch.as_tensor(t, dtype=torch.float32)
-        return 2 * (torch.log1p(-t) - torch.log(t))
+    def log_snr(self, t, dtype=torch.float32):
+        t = torch.as_tensor(t).double()
+        return (2 * (torch.log1p(-t) - torch.log(t))).to(dtype)
 
     def net_time(self, t):
         return t
@@ -1166,8 +1166,9 @@ def sample_ddim(denoise, x, ts, process, noise=None, callback=None, eta=0.0):
         if callback:
             callback(i, float(t), x, x_0)
         a, s, a_u, s_u = process.alpha(t), process.sigma(t), process.alpha(u), process.sigma(u)
-        # std of q(x_u | x_t, x_0): s_u^2 (1 - SNR_t / SNR_u), from log-SNRs because the difference cancels in fp32
-        up = eta * s_u * (-torch.expm1(process.log_snr(t) - process.log_snr(u))).sqrt() if eta else torch.zeros(())
+        # variance of q(x_u | x_t, x_0): s_u^2 (1 - SNR_t / SNR_u), in fp64 because neighbouring SNRs cancel in fp32
+        fall = process.log_snr(t, torch.float64) - process.log_snr(u, torch.float64)
+        up = eta * s_u * (-torch.expm1(fall)).sqrt().float() if eta else torch.zeros(())
         x = a_u * x_0 + (s_u ** 2 - up ** 2).clamp(min=0).sqrt() * eps
         if eta and s_u > 0:
             x = x + up * noise()
