@@ -17,7 +17,7 @@ from common import find_patients, part_of, read_nifti
 def runs(tmp_path_factory, phantom):
     """A tiny RFlow run of each kind that knows the slice level, and a DDPM one."""
     folder = tmp_path_factory.mktemp('runs')
-    shared = ['--preset', 'tiny', '--iters', '2', '--sample-every', '100', '--data', str(phantom), '--cache', str(folder / 'cache')]
+    shared = ['--preset', 'tiny', '--dtype', 'fp32', '--iters', '2', '--sample-every', '100', '--data', str(phantom), '--cache', str(folder / 'cache')]
     for script, name, flags in ((train_seg, 'seg', ['--rflow', '--slice-level']), (train_bravo, 'bravo', ['--rflow', '--slice-level']),
                                 (train_bravo, 'ddpm', ['--steps', '50'])):
         script.main(script.get_args([*shared, *flags, '--out', str(folder / name)]))
@@ -27,7 +27,7 @@ def runs(tmp_path_factory, phantom):
 @pytest.fixture
 def make(tmp_path, runs):
     def go(name, *flags):
-        sample.main(sample.get_args(['--n', '3', '--out', str(tmp_path / name), '--cache', str(runs / 'cache'), *map(str, flags)]))
+        sample.main(sample.get_args(['--n', '3', '--dtype', 'fp32', '--out', str(tmp_path / name), '--cache', str(runs / 'cache'), *map(str, flags)]))
         with open(tmp_path / name / 'manifest.csv', newline='') as f:
             return tmp_path / name, list(csv.DictReader(f))
     return go

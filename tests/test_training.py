@@ -21,7 +21,7 @@ def run(tmp_path, phantom):
     def train(kind, name, *flags, iters=4):
         script = {'seg': train_seg, 'bravo': train_bravo}[kind]
         length = ([] if iters is None else ['--iters', str(iters)]) + ([] if '--sample-every' in flags else ['--sample-every', '100'])
-        script.main(script.get_args(['--preset', 'tiny', '--data', str(phantom), '--cache', str(tmp_path / 'cache'), '--out',
+        script.main(script.get_args(['--preset', 'tiny', '--dtype', 'fp32', '--data', str(phantom), '--cache', str(tmp_path / 'cache'), '--out',
                                      str(tmp_path / name), *length, *flags]))
         return tmp_path / name
     return train

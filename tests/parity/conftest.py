@@ -34,7 +34,7 @@ def gap(record_property):
         worst = 0.0
         for x, y in pairs:
             assert x.shape == y.shape and x.isfinite().all() and y.isfinite().all()
-            worst = max(worst, float((x - y).abs().max() / y.std().clamp(min=1)))
+            worst = max(worst, float((x - y).detach().abs().max() / y.detach().std().clamp(min=1)))
         record_property(f'gap {what}', worst)
         print(f'\n  {what} {worst:.1e} (largest std {max(float(y.std()) for _, y in pairs):.3g})', end='')
         return worst
