@@ -1,0 +1,100 @@
+"""Our samplers against diffusers' schedulers: same network output, same noise, same numbers.
+
+    python -m pytest -q tests/parity/test_diffusers.py        (-s prints the largest difference of each test)
+"""
+import pytest
+import torch
+
+pytest.importorskip('diffusers', reason='pip install -r tests/parity/requirements.txt')
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
+
+from common import DDPM, RFlow, sample_ddim, sample_ddpm, sample_euler, sample_heun
+from steps import exact_tables, noise_source, trajectory
+
+TYPES = {'eps': 'epsilon', 'v': 'v_prediction', 'x0': 'sample'}
+SCHEDULES = {'linear': 'linear', 'cosine': 'squaredcos_cap_v2'}
+
+
+def network(process):
+    """A fixed network of (x_t, net time): a random convolution, bounded. For DDPM it is a guess of x_0, put in the target's terms."""
+    kernel = torch.randn(1, 1, 3, 3, generator=torch.Generator().manual_seed(1))
+
+    def net(x, t, context=None, extra=None):
+        t = torch.as_tensor(t, dtype=torch.float32).expand(len(x)).reshape(-1, 1, 1, 1) + (1 / process.steps if isinstance(process, DDPM) else 0)
+        x_0 = torch.tanh(torch.conv2d(x, kernel, padding=1) + torch.cos(9 * t))
+        if isinstance(process, RFlow):
+            return 2 * x_0                                              # a velocity: dividing by t near 0 would blow up both
+        return process.target_of(x_0, (x - process.alpha(t) * x_0) / process.sigma(t), t)
+
+    return net
+
+
+@pytest.mark.parametrize('clip', [False, True], ids=['', 'clip'])
+@pytest.mark.parametrize('eta', [0.0, 0.7, 1.0])
+@pytest.mark.parametrize('target', TYPES)
+@pytest.mark.parametrize('schedule', SCHEDULES)
+@torch.no_grad()
+def test_ddim(schedule, target, eta, clip, gap):
+    """50 steps on trailing times, with and without noise; clipping moves eps along (use_clipped_model_output)."""
+    process, x = DDPM(1000, schedule, target), noise_source(2)()
+    net, noise, wanted = network(process), noise_source(), []
+    states = trajectory(sample_ddim, net, process, x, process.times(50), eta=eta, clip=clip)
+    scheduler = DDIMScheduler(1000, beta_schedule=SCHEDULES[schedule], timestep_spacing='trailing', prediction_type=TYPES[target], clip_sample=clip)
+    exact_tables(scheduler, process)
+    scheduler.set_timesteps(50)
+    assert scheduler.timesteps.tolist() == [round(1000 * float(t)) - 1 for t in process.times(50)[:-1]]
+    for i in scheduler.timesteps:
+        fresh = dict(variance_noise=noise()) if eta and i > 19 else {}
+        x = scheduler.step(net(x, i / 1000), i, x, eta if i > 19 else 0.0, use_clipped_model_output=clip, **fresh)[0].float()
+        wanted.append(x)
+    assert gap(states, wanted, f'{schedule} {target}') < 2e-5
+
+
+@pytest.mark.parametrize('n', [50, 1000])
+@pytest.mark.parametrize('target', TYPES)
+@pytest.mark.parametrize('schedule', SCHEDULES)
+@torch.no_grad()
+def test_ddpm(schedule, target, n, gap, monkeypatch):
+    """Ancestral steps with the posterior's variance (fixed_small), all of them and on a subset."""
+    process, x = DDPM(1000, schedule, target), noise_source(2)()
+    net, noise, wanted = network(process), noise_source(), []
+    states = trajectory(sample_ddpm, net, process, x, process.times(n))
+    scheduler = DDPMScheduler(1000, beta_schedule=SCHEDULES[schedule], timestep_spacing='trailing', prediction_type=TYPES[target], clip_sample=False)
+    exact_tables(scheduler, process)
+    scheduler.set_timesteps(n)
+    monkeypatch.setattr('diffusers.schedulers.scheduling_ddpm.randn_tensor', lambda *a, **kw: noise())
+    for i in scheduler.timesteps:
+        x = scheduler.step(net(x, i / 1000), i, x)[0].float()
+        wanted.append(x)
+    assert gap(states, wanted, f'{schedule} {target} {n}') < 2e-5
+
+
+@pytest.mark.parametrize('n', [1, 7, 50])
+@torch.no_grad()
+def test_flow_euler(n, gap):
+    process, x = RFlow(), noise_source(2)()
+    net, wanted, ts = network(process), [], process.times(n)
+    states = trajectory(sample_euler, net, process, x, ts)
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(sigmas=ts[:-1].tolist())
+    for t in scheduler.timesteps:
+        x = scheduler.step(net(x, t / 1000), t, x)[0]
+        wanted.append(x)
+    assert gap(states, wanted, f'{n} steps') < 1e-5
+
+
+@pytest.mark.parametrize('n', [5, 10, 50])                                        # with fewer, their v = (x - x_0) / 0.001 rounds too coarsely
+@torch.no_grad()
+def test_flow_heun(n, gap):
+    """On diffusers' own times, whose last step, to t=0, is Euler as ours is."""
+    process, x, scheduler = RFlow(), noise_source(2)(), FlowMatchHeunDiscreteScheduler()
+    scheduler.set_timesteps(n)
+    net, wanted, ts = network(process), [], torch.cat([scheduler.sigmas[:1], scheduler.sigmas[1::2]])
+    states = trajectory(sample_heun, net, process, x, ts)
+    assert len(ts) == n + 1 and ts[0] == 1 and ts[-1] == 0
+    for k, t in enumerate(scheduler.timesteps):
+        x = scheduler.step(net(x, t / 1000), t, x)[0]
+        if k % 2 == 0 and k < len(scheduler.timesteps) - 1:
+            continue                                                    # half way: the state at which the slope is taken again
+        wanted.append(x)
+    assert gap(states, wanted, f'{n} steps') < 1e-5
