@@ -33,6 +33,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
+nib.imageglobals.logger.setLevel('CRITICAL')            # what it finds wrong with a file is said by read_nifti, in one line
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 1  Runtime
 # ---------------------------------------------------------------------------------------------------------------------
@@ -60,9 +62,10 @@ def number(kind, low=-math.inf, high=math.inf, open_low=False):
     def parse(text):
         try:
             value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (math.isfinite(value) and low <= value <= high) or (open_low and value == low):
+            finite = math.isfinite(value)
+        except (ValueError, OverflowError):
+            finite = False
+        if not (finite and low <= value <= high) or (open_low and value == low):
             name = 'a whole number' if kind is int else 'a number'
             bounds = f' above {low:g}' if open_low else f' of at least {low:g}' if low > -math.inf else ''
             bounds += f'{" and" if bounds else ""} at most {high:g}' if high < math.inf else ''
@@ -279,11 +282,11 @@ def part_of(name):
     return 'test'
 
 
-def split_patients(patients, split_file=None):
+def split_patients(patients, split_file=None, training=True):
     """Sets each patient's part, in place. The one place that decides who may see whom.
 
-    A synthetic patient is for training only, and only if its source patient is a training patient (or none: a mask
-    that a model drew). Fails otherwise, or when a patient is not in split_file (columns patient,part).
+    A synthetic patient has the part of its source patient (train when it has none: a mask that a model drew). For training
+    it must be a training patient. Fails otherwise, or when a patient is not in split_file (columns patient,part).
     """
     table = None
     if split_file:
@@ -301,7 +304,7 @@ def split_patients(patients, split_file=None):
         p['part'] = decide(p['name']) if not p['synthetic'] else decide(p['source']) if p['source'] else 'train'
         if p['part'] is None:
             fail(f'--split {split_file}: has no line for patient {p["source"] or p["name"]}; add it')
-        if p['synthetic'] and p['part'] != 'train':
+        if training and p['synthetic'] and p['part'] != 'train':
             fail(f'{p["folder"]}: made from patient {p["source"]}, who is in the {p["part"]} part; synthetic images '
                  'may be used only when their source is a training patient')
     real = {p['name']: p['part'] for p in patients if not p['synthetic']}
@@ -462,6 +465,44 @@ def components(mask):
     return ((index + 1) * m).numpy(), len(values) - (1 if not m.all() else 0)
 
 
+def lesion_records(mask):
+    """The pieces of a mask (S,S), largest first: (n,3) of diameter (of a disc of that area), centre x, y; fractions of the side."""
+    labels, n = components(mask)
+    area = np.bincount(labels.ravel(), minlength=n + 1)[1:]
+    at = [(np.nonzero(labels == i), labels.shape[0]) for i in range(1, n + 1)]
+    rows = [(math.sqrt(4 * a / math.pi) / side, (x.mean() + 0.5) / side, (y.mean() + 0.5) / side) for a, ((y, x), side) in zip(area, at)]
+    return np.array(sorted(rows, reverse=True)).reshape(-1, 3)
+
+
+LESIONS, TOKEN = 10, 40         # lesions that a request can hold; length of a token
+
+
+def lesion_tokens(requests, hide=None):
+    """Requests for masks as a set of tokens (B, 1 + LESIONS, TOKEN), the context of train_seg.py --controllable.
+
+    A request is an array (n,3) of diameter, x, y as lesion_records gives them, nan where anything will do, or None: no request
+    at all, the null of guidance. hide (B, LESIONS, 2): whose diameter, whose place training leaves out, so that a request may.
+    One token says the count, one more each lesion; unused ones stay zero: they are padding, which attention leaves out.
+    No token says its position, so their order does not matter.
+    """
+    out = torch.zeros(len(requests), 1 + LESIONS, TOKEN)
+    waves = math.pi * 2.0 ** torch.arange(4)
+    code = lambda v: torch.cat([torch.sin(waves * v), torch.cos(waves * v)])
+    for b, request in enumerate(requests):
+        out[b, 0, 0] = 1
+        if request is None:
+            out[b, 0, 1] = 1
+            continue
+        out[b, 0, 5 + min(len(request), LESIONS)] = 1
+        for i, (size, x, y) in enumerate(request[:LESIONS]):
+            out[b, 1 + i, 2] = 1
+            if not (math.isnan(size) or hide is not None and hide[b, i, 0]):
+                out[b, 1 + i, 3], out[b, 1 + i, 16:24] = 1, code((math.log2(max(size, 2 ** -8)) + 8) / 8)
+            if not (math.isnan(x) or hide is not None and hide[b, i, 1]):
+                out[b, 1 + i, 4], out[b, 1 + i, 24:32], out[b, 1 + i, 32:40] = 1, code(x), code(y)
+    return out
+
+
 def shrink_mask(mask, size, pixel_area, speck):
     """A slice's mask (H,W) on a size x size grid, and counts of lesions kept, rescued and dropped.
 
@@ -535,13 +576,15 @@ class Slices:
         return np.sort(np.concatenate([full if empty < 1 else full[:0], free[order[:want]]]))
 
 
-def load_slices(roots, size, modalities=('bravo',), box=None, split=None, cache='runs/cache', labels=None, speck=4.0):
+def load_slices(roots, size, modalities=('bravo',), box=None, split=None, cache='runs/cache', labels=None, speck=4.0,
+                training=True):
     """Decodes all patients of the roots once, then memory-maps what is on disk. Returns Slices with part set per row.
+    training=False: to look at synthetic patients of any source.
 
     The cache's key holds all that changes a decoded slice. It is written aside and renamed, so that several processes
     may start at once: the first to finish wins, the others throw theirs away.
     """
-    patients = split_patients(find_patients(roots, (*modalities, 'seg')), split)
+    patients = split_patients(find_patients(roots, (*modalities, 'seg')), split, training)
     stamp = [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for p in patients for f in p['files'].values()]
     identity = [[p['name'], p['source'], p['synthetic']] for p in patients]
     key = lambda *more: hashlib.sha256(repr((FORMAT, stamp, identity, modalities, labels, *more)).encode()).hexdigest()[:20]
@@ -812,7 +855,10 @@ def attention(q, k, v):
 
 
 class Attention(nn.Module):
-    """Multi-head attention over tokens (B,N,C): to themselves, or to a context (B,M,context_dim) when that is given."""
+    """Multi-head attention over tokens (B,N,C): to themselves, or to a context (B,M,context_dim) when that is given.
+
+    A context token of zeros is padding and not attended to; each image needs one that is none.
+    """
 
     def __init__(self, channels, head_channels, context_dim=None, bias=True):
         super().__init__()
@@ -828,7 +874,11 @@ class Attention(nn.Module):
     def forward(self, x, context=None):
         split = lambda a, n: a.unflatten(-1, (n, self.heads, -1)).permute(2, 0, 3, 1, 4)      # (n, B, heads, N, d)
         q, k, v = split(self.qkv(x), 3) if context is None else (*split(self.q(x), 1), *split(self.kv(context), 2))
-        return self.out(attention(q, k, v).transpose(1, 2).flatten(2))
+        if context is None:
+            h = attention(q, k, v)
+        else:
+            h = F.scaled_dot_product_attention(q, k, v, (context != 0).any(-1)[:, None, None])
+        return self.out(h.transpose(1, 2).flatten(2))
 
 
 class SpatialAttention(nn.Module):
@@ -900,14 +950,14 @@ class Upsample(nn.Module):
     def __init__(self, channels, conv):
         super().__init__()
         self.conv = conv(channels, channels)
+        # (phase, tap, weight): phase 0 sees (w0, w1 + w2), phase 1 sees (w0 + w1, w2)
+        self.register_buffer('taps', torch.tensor([[[1.0, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]]), persistent=False)
 
     def forward(self, x):
         w, dims = self.conv.weight, x.ndim - 2
-        # row p of `taps` = phase: phase 0 sees (w0, w1 + w2), phase 1 sees (w0 + w1, w2)
-        taps = w.new_tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])                  # (phase, tap, weight)
         axes = 'xyz'[:dims]
         rule = 'oi' + axes + ''.join(f',{a.upper()}{b}{a}' for a, b in zip(axes, 'rst')) + '->' + axes.upper() + 'oi' + 'rst'[:dims]
-        small = torch.einsum(rule, w, *[taps] * dims)                                          # (2,.., O, I, 2,..)
+        small = torch.einsum(rule, w, *[self.taps.to(w.dtype)] * dims)                                    # (2,.., O, I, 2,..)
         outs = (F.conv2d, F.conv3d)[dims - 2](x, small.flatten(0, dims), self.conv.bias.repeat(2 ** dims), padding=1)
         n, c = x.shape[2:], len(self.conv.bias)
         y = torch.empty(x.shape[0], c, *(2 * s for s in n), dtype=outs.dtype, device=x.device,
@@ -1046,10 +1096,10 @@ def load_monai(state_dict):
     return out
 
 
-def build_net(args, in_channels, out_channels, extra_dim=0, context_dim=None):
+def build_net(args, in_channels, out_channels, extra_dim=0):
     """The network that the flags (or a stored run's) describe."""
     return UNet(in_channels, out_channels, tuple(args.channels), tuple(args.attention), args.layers, args.head_channels,
-                context_dim, extra_dim=extra_dim, norm_groups=args.norm_groups)
+                TOKEN if args.controllable else None, extra_dim=extra_dim, norm_groups=args.norm_groups)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1199,21 +1249,56 @@ def build_process(args):
     return process
 
 
-def make_denoise(net, process, mask=None, context=None, extra=None, dtype='fp32', clip=False):
+def mask_condition(mask, p_uncond, present=None):
+    """The mask channels of a network. Trained with --p-uncond it has one more, mask-present: an empty mask is a condition
+    ("no tumour"), so what says "no condition" is that channel, 0 with an empty mask where `present` (B,) is False."""
+    if not p_uncond:
+        return mask
+    here = torch.ones_like(mask) if present is None else like(present.to(mask), mask).expand_as(mask)
+    return torch.cat([mask * here, here], 1)
+
+
+class Guidance:
+    """What make_denoise needs for classifier-free guidance: weight, interval (t in it is guided), rescale, null conditions."""
+
+    def __init__(self, weight=1.0, interval=(0.0, 1.0), rescale=0.0, mask=None, context=None):
+        self.weight, self.interval, self.rescale, self.mask, self.context = weight, interval, rescale, mask, context
+
+    def at(self, t):
+        """Whether a second forward is needed at t: interval (a, b] as in Kynkaanniemi 2024."""
+        return self.weight != 1 and self.interval[0] < t <= self.interval[1]
+
+    def __call__(self, conditional, null):
+        """x_0 + (W - 1) (x_0 - x_0 null) (Ho 2022; W=1 is none), its spread moved back towards x_0's (Lin 2023, eq. 15-16)."""
+        x_0 = null + self.weight * (conditional - null)
+        if self.rescale:
+            spread = lambda v: v.flatten(1).std(1)
+            x_0 = x_0 * like(self.rescale * spread(conditional) / spread(x_0) + 1 - self.rescale, x_0)
+        return x_0
+
+
+def make_denoise(net, process, mask=None, context=None, extra=None, dtype='fp32', clip=False, guidance=None):
     """denoise(x_t, t) -> x0_hat, eps_hat, in fp32: the one door between a network and a sampler.
 
-    mask (B,M,H,W) and extra (B,E) are the conditions of the B images. clip bounds x0_hat to the data's range and moves
-    eps_hat along, so that alpha x0_hat + sigma eps_hat = x_t still holds. t: a number or 0-d tensor.
+    mask (B,M,H,W), context (B,N,D) and extra (B,E) are the conditions of the B images. guidance mixes in x_0 space a second
+    forward, of the null conditions. clip bounds x0_hat to the data's range. Both move eps_hat along, so that
+    alpha x0_hat + sigma eps_hat = x_t still holds. t: a number or 0-d tensor.
     """
 
+    def forward(x_t, t, mask, context):
+        with autocast(x_t.device, dtype):
+            return net(x_t if mask is None else torch.cat([x_t, mask], 1), process.net_time(t), context, extra).float()
+
     def denoise(x_t, t):
+        guided = guidance is not None and guidance.at(float(t))
         t = torch.as_tensor(t, dtype=torch.float32, device=x_t.device).expand(len(x_t))
         a, s = like(process.alpha(t), x_t), like(process.sigma(t), x_t)
-        with autocast(x_t.device, dtype):
-            out = net(x_t if mask is None else torch.cat([x_t, mask], 1), process.net_time(t), context, extra)
-        x_0, eps = process.split(out.float(), x_t, a, s)
+        x_0, eps = process.split(forward(x_t, t, mask, context), x_t, a, s)
+        if guided:
+            x_0 = guidance(x_0, process.split(forward(x_t, t, guidance.mask, guidance.context), x_t, a, s)[0])
         if clip:
             x_0 = x_0.clamp(*process.range)
+        if guided or clip:
             eps = (x_t - a * x_0) / s
         return x_0, eps
 
@@ -1370,7 +1455,7 @@ def plot(path, curves, title, xlabel, ylabel, logx=False, logy=False, size=(640,
 PRESETS = {
     'full': dict(size=128, channels=(128, 256, 256), attention=(0, 1, 1), layers=1, head_channels=256, norm_groups=32,
                  batch_size=16, lr=1e-4, warmup=500, iters=100_000),
-    'small': dict(size=64, channels=(24, 32, 64, 128), attention=(0, 0, 1, 1), layers=1, head_channels=32, norm_groups=8,
+    'small': dict(size=64, channels=(32, 64, 96), attention=(0, 0, 1), layers=1, head_channels=32, norm_groups=8,
                   batch_size=8, lr=1e-3, warmup=40, minutes=7.0),
     'tiny': dict(size=16, channels=(8, 8), attention=(0, 1), layers=1, head_channels=8, norm_groups=2,
                  batch_size=4, lr=1e-3, warmup=1, iters=4),
@@ -1416,6 +1501,7 @@ def train_parser(doc, out):
     g.add_argument('--lr-find', action='store_true', help='first plot loss against learning rate, suggest one, undo; then train')
     g.add_argument('--weight-decay', type=number(float, 0), default=0.01, help='of AdamW')
     g.add_argument('--clip', type=number(float, 0, open_low=True), default=1.0, help='gradient norm')
+    g.add_argument('--p-uncond', type=number(float, 0, 1), default=0.0, help='share of images trained without their condition, for --cfg')
     g.add_argument('--ema-decay', type=number(float, 0, 1), default=0.9999, help='of the weight average; 0: the raw weights')
     g.add_argument('--min-snr', type=number(float, 0), default=0.0, help='gamma of Min-SNR weighting (5 is usual); 0: off')
     g.add_argument('--init', metavar='FILE', help='start from a run of ours or a MONAI state dict')
@@ -1610,7 +1696,7 @@ def save_checkpoint(out, state, keep_every=0):
         os.fsync(folder)
         os.close(folder)
         if keep_every and state['step'] % keep_every == 0:
-            shutil.copyfile(out / 'ckpt.pt', out / f'ckpt_{state["step"]}.pt')
+            atomic_write(out / f'ckpt_{state["step"]}.pt', buffer.getbuffer())
     except OSError as e:
         tmp.unlink(missing_ok=True)
         fail(f'{out}: checkpoint of step {state["step"]} could not be saved ({e}); the one before is intact, free some '
@@ -1629,9 +1715,10 @@ def load_file(path):
 def whole(path):
     """Whether a checkpoint file can be read to its end."""
     try:
-        return bool(torch.load(path, map_location='cpu', weights_only=True)) or True
+        torch.load(path, map_location='cpu', weights_only=True)
     except Exception:
         return False
+    return True
 
 
 def load_checkpoint(path):
@@ -1669,6 +1756,8 @@ def open_run(args):
     old, new = state['args'], plain(args)
     if new['minutes'] is not None:                              # its number of steps was frozen when it started
         new['iters'] = old['iters']
+    if old['script'] != args.script:
+        fail(f'--out {out}: holds a run of train_{old["script"]}.py; choose another --out')
     changed = [k for k in sorted({*old, *new} - FREE) if old.get(k) != new.get(k)]
     if changed:
         told = ', '.join(f'--{k.replace("_", "-")} {new.get(k)} (was {old.get(k)})' for k in changed[:4])
@@ -1704,7 +1793,9 @@ def load_init(net, args):
             fail(f'--init {args.init}: is no state dict of MONAI\'s DiffusionModelUNet (at {e})')
         if args.init_target == 'x0-eps' and 'out.2.weight' in weights:                        # MONAI's RFlow predicts x_0 - eps: turn the last layer round
             weights['out.2.weight'], weights['out.2.bias'] = -weights['out.2.weight'], -weights['out.2.bias']
-    mine = net.state_dict()
+    mine, first = net.state_dict(), weights.get('conv_in.weight')
+    if args.p_uncond and first is not None and first.ndim == 4 and first.shape[1] == mine['conv_in.weight'].shape[1] - 1:
+        weights['conv_in.weight'] = F.pad(first, (0, 0, 0, 0, 0, 1))                          # mask-present starts without effect
     wrong = [f'{k} is {tuple(weights[k].shape) if k in weights else "missing"}, here {tuple(v.shape)}' for k, v in mine.items()
              if k not in weights or weights[k].shape != v.shape] + [f'{k} has no place here' for k in weights if k not in mine]
     if wrong:
@@ -1722,7 +1813,7 @@ def load_run(path, device='cpu', dtype='fp32', weights='ema'):
     state = load_checkpoint(path)
     if not isinstance(state, dict) or not {'args', 'ema', 'box', 'in_channels'} <= state.keys():
         fail(f'{path}: is not a run of train_seg.py or train_bravo.py')
-    args = argparse.Namespace(**state['args'])
+    args = argparse.Namespace(**{'p_uncond': 0.0, 'controllable': False, **state['args']})            # younger than some runs
     net = build_net(args, state['in_channels'], state['out_channels'], state['extra_dim'])
     tensors = state.get(weights if weights == 'ema' else 'net')
     if tensors is None:
@@ -1808,18 +1899,20 @@ class VGG16(nn.Module):
         if not isinstance(state, dict) or not all(k in state and state[k].shape == v.shape for k, v in wanted.items()):
             fail(f'--perceptual-weights {file}: lacks the 13 convolutions of VGG16 (features.0.weight ...)')
         self.load_state_dict({k: state[k] for k in wanted})
-        self.heads = None
+        self.register_buffer('mean', torch.tensor([0.485, 0.456, 0.406])[:, None, None], persistent=False)
+        self.register_buffer('std', torch.tensor([0.229, 0.224, 0.225])[:, None, None], persistent=False)
+        self.heads = bool(heads)
         if heads:
             state = load_checkpoint(heads)
             if not isinstance(state, dict) or not all(f'lin{i}.model.1.weight' in state for i in range(5)):
                 fail(f'--lpips-weights {heads}: lacks lin0.model.1.weight ... lin4.model.1.weight')
-            self.heads = [state[f'lin{i}.model.1.weight'].float().flatten() for i in range(5)]
+            for i in range(5):
+                self.register_buffer(f'head{i}', state[f'lin{i}.model.1.weight'].float().view(-1, 1, 1), persistent=False)
         self.requires_grad_(False).eval()
 
     def forward(self, x):
         """x (B,1,H,W) in [-1,1] -> the five feature maps."""
-        mean, std = x.new_tensor([0.485, 0.456, 0.406]), x.new_tensor([0.229, 0.224, 0.225])
-        x = ((x.expand(-1, 3, -1, -1) + 1) / 2 - mean[:, None, None]) / std[:, None, None]
+        x = ((x.expand(-1, 3, -1, -1) + 1) / 2 - self.mean) / self.std
         out = []
         for i, layer in enumerate(self.features):
             x = layer(x)
@@ -1833,6 +1926,6 @@ class VGG16(nn.Module):
         for i, (a, b) in enumerate(zip(self(x), self(y))):
             a, b = (f / (f.square().sum(1, keepdim=True).sqrt() + 1e-10) for f in (a, b))
             d = (a - b).square()
-            d = d if self.heads is None else d * self.heads[i].to(d.device)[:, None, None]
+            d = d * getattr(self, f'head{i}') if self.heads else d
             total = total + d.sum(1).mean((1, 2))
         return total

@@ -3,6 +3,7 @@
   python sample.py --seg runs/seg --bravo runs/bravo --n 16            new masks, new images
   python sample.py --data DIR --part train --bravo runs/bravo --n 100  masks of real training patients, new images
   python sample.py --masks runs/masks --bravo runs/bravo --n 15000     masks that an earlier call made (--seg alone)
+  python sample.py --seg runs/seg --count 3 --size 8 --location 0.6,0.4   masks as asked for (train_seg.py --controllable)
 
 Leaves in --out one folder a patient in the layout of real data (bravo.nii.gz, seg.nii.gz, preview.png), manifest.csv (seed,
 condition, source patient, hash of the run for each), grid.png. The same command goes on with a half-done set; torchrun
@@ -18,11 +19,21 @@ def get_args(argv=None):
     g.add_argument('--seg', metavar='RUN', help='masks: drawn by this mask model')
     g.add_argument('--data', nargs='+', metavar='DIR', help='masks: of these patients')
     g.add_argument('--masks', metavar='DIR', help='masks: of this folder, already cut to the brain box (a set made with --seg)')
-    g.add_argument('--part', choices=tuple(PARTS), default='train', help='which patients of --data')
+    g.add_argument('--part', choices=tuple(PARTS), help='which patients of --data; none: train')
     g.add_argument('--split', metavar='FILE', help='CSV patient,part instead of the split by name, with --data')
-    g.add_argument('--empty-slices', type=number(float, 0, 1), default=0.2, help='share of masks without tumour, with --data')
+    g.add_argument('--empty-slices', type=number(float, 0, 1), help='share of masks without tumour, with --data; none: 0.2')
     g.add_argument('--slice-level', type=number(float, 0, 1), help='level for models that know it; none: the mask\'s own, or drawn')
     g.add_argument('--n', type=number(int, 1), default=16, help='number of patients')
+    g = p.add_argument_group('what the masks hold (a mask model trained with --controllable)')
+    g.add_argument('--count', type=number(int, 0, LESIONS), help='lesions in each mask')
+    g.add_argument('--size', type=numbers(float, 0), help='their diameters, mm, as 8 or 8,5; none: any')
+    g.add_argument('--location', nargs='+', type=numbers(float, 0, 1), metavar='X,Y', help='their centres, from the left and the top of the box; none: any')
+    g.add_argument('--requests', metavar='FILE', help='CSV count,size,x,y with a line for each mask in turn; several values as 8;5')
+    g = p.add_argument_group('guidance (models trained with --p-uncond)')
+    g.add_argument('--cfg', type=number(float, 0), default=1.0, help='weight of the mask on the image; 1: none, one forward a step')
+    g.add_argument('--seg-cfg', type=number(float, 0), default=1.0, help='weight of the request on the mask')
+    g.add_argument('--cfg-interval', nargs=2, type=number(float, 0, 1), default=(0.0, 1.0), metavar=('A', 'B'), help='guide only where A < t <= B')
+    g.add_argument('--cfg-rescale', type=number(float, 0, 1), default=0.0, help='bring the guided x0_hat back to its spread; 0: no, 1: fully')
     g = p.add_argument_group('solver')
     g.add_argument('--sampler', choices=tuple(SAMPLERS), help='none: euler for RFlow, ddim for DDPM')
     g.add_argument('--steps', type=number(int, 1), help='solver steps of the image; none: 25 for RFlow, 50 for DDPM, all for ddpm')
@@ -45,6 +56,28 @@ def get_args(argv=None):
         fail(f'masks come from one place: give one of --seg, --data, --masks (got {", ".join(sources) or "none"})')
     if not args.bravo and not args.seg:
         fail(f'{sources[0]} alone makes nothing new; add --bravo RUN')
+    for name, wanted in (('part', 'data'), ('split', 'data'), ('empty_slices', 'data'), ('seg_steps', 'seg')):
+        if getattr(args, name) is not None and not getattr(args, wanted):
+            fail(f'--{name.replace("_", "-")} {getattr(args, name)}: does nothing without --{wanted}')
+    asked = [f'--{k}' for k in ('count', 'size', 'location', 'requests') if getattr(args, k) is not None]
+    if asked and not args.seg:
+        fail(f'{asked[0]}: says what a mask model draws; give it with --seg')
+    if args.requests and len(asked) > 1:
+        fail(f'--requests and {asked[0]}: give one of them')
+    if (args.size or args.location) and (args.count is None or max(len(args.size or ()), len(args.location or ())) > args.count):
+        fail(f'--size and --location describe the lesions of --count; count is {args.count}')
+    if any(len(at) != 2 for at in args.location or ()):
+        fail('--location: expected x,y for each lesion, as 0.6,0.4 0.3,0.5')
+    if args.requests and not Path(args.requests).is_file():
+        fail(f'--requests {args.requests}: no such file; expected a CSV with columns count,size,x,y')
+    if args.cfg_interval[0] >= args.cfg_interval[1]:
+        fail(f'--cfg-interval {args.cfg_interval[0]:g} {args.cfg_interval[1]:g}: expected two rising times')
+    if args.cfg == args.seg_cfg == 1 and (args.cfg_rescale or tuple(args.cfg_interval) != (0, 1)):
+        fail('--cfg-interval and --cfg-rescale do nothing without --cfg W or --seg-cfg W')
+    for weight, name in ((args.cfg, 'bravo'), (args.seg_cfg, 'seg')):
+        if weight != 1 and not getattr(args, name):
+            fail(f'--{"cfg" if name == "bravo" else "seg-cfg"} {weight:g}: does nothing without --{name}')
+    args.part, args.empty_slices = args.part or 'train', 0.2 if args.empty_slices is None else args.empty_slices
     if args.eta and args.sampler != 'ddim':
         fail(f'--eta {args.eta}: is for --sampler ddim')
     for name in ('bravo', 'seg', 'masks'):
@@ -67,15 +100,51 @@ def solver(run, args, steps):
     return name, run.process.times(steps), not run.args.rflow if args.clip is None else args.clip
 
 
-def draw(run, args, numbers_, what, steps, mask=None, level=None, callback=None):
+def read_requests(args, run):
+    """What the masks shall hold: a list of arrays (n,3) of diameter, x, y as fractions of the box, nan for any; [] for no wish."""
+    if args.count is None and not args.requests:
+        return []
+    side = run.args.size * sum(run.spacing) / 2                                                   # of the box, mm
+    if args.requests:
+        rows = read_csv(args.requests)
+        if not rows or not {'count', 'size', 'x', 'y'} <= rows[0].keys():
+            fail(f'--requests {args.requests}: expected columns count,size,x,y')
+    else:
+        x, y = zip(*args.location) if args.location else ((), ())
+        rows = [dict(count=args.count, size=args.size or (), x=x, y=y)]
+    out = []
+    for i, row in enumerate(rows):
+        request = np.full((0, 3), math.nan)
+        try:
+            values = [[float(v) for v in (row[k].split(';') if isinstance(row[k], str) else row[k]) if v != ''] for k in ('size', 'x', 'y')]
+            request = np.full((int(row['count']), 3), math.nan)
+            for j, column in enumerate(values):
+                request[:len(column), j] = column
+        except ValueError:
+            values = None
+        low, high = np.nanmin(request, 0, initial=0), np.nanmax(request, 0, initial=0)
+        if values is None or len(request) > LESIONS or low.min() < 0 or high[1:].max() > 1 or len(values[1]) != len(values[2]):
+            fail(f'--requests {args.requests}: line {i + 2}: expected a count of at most {LESIONS}, and for no more lesions than that '
+                 'sizes in mm and x, y from 0 to 1')
+        request[:, 0] /= side
+        out.append(request)
+    return out
+
+
+def draw(run, args, numbers_, what, steps, mask=None, level=None, callback=None, requests=None):
     """x_0 (B,1,S,S) in [-1,1] for the images of these numbers. Each has a generator of its own, so that its noise is the
     same bits whatever shares its batch."""
     name, ts, clip = solver(run, args, steps)
-    device = next(run.net.parameters()).device
+    device, weight = next(run.net.parameters()).device, args.cfg if what == 'image' else args.seg_cfg
     sources = [generator(args.seed, what, i) for i in numbers_]
     noise = lambda: torch.stack([torch.randn(1, run.args.size, run.args.size, generator=g) for g in sources]).to(device)
     extra = level[:, None].to(device) if run.args.slice_level else None
-    denoise = make_denoise(run.model, run.process, mask, None, extra, args.dtype, clip)
+    null = [None] * len(numbers_)
+    context = lesion_tokens(requests or null).to(device) if run.args.controllable else None
+    mask = None if mask is None else mask_condition(mask, run.args.p_uncond)
+    guidance = None if weight == 1 else Guidance(weight, args.cfg_interval, args.cfg_rescale, None if mask is None else torch.zeros_like(mask),
+                                                 lesion_tokens(null).to(device) if run.args.controllable else None)
+    denoise = make_denoise(run.model, run.process, mask, context, extra, args.dtype, clip, guidance)
     more = {'eta': args.eta} if name == 'ddim' else {}
     return run.process.from_range(SAMPLERS[name](denoise, noise(), ts, run.process, noise, callback, **more))
 
@@ -120,7 +189,8 @@ def open_set(args, runs):
     """
     out = Path(args.out)
     same = {k: v for k, v in plain(args).items() if k not in ('n', 'batch_size', 'device', 'compile', 'out', 'cache')}
-    same.update({k: r.hash for k, r in runs.items()})
+    last = list(runs.values())[-1]
+    same.update({k: r.hash for k, r in runs.items()}, pixels=last.args.size, box=list(last.box))
     note = out / 'sample.json'
     if note.exists():
         old = json.loads(note.read_text())
@@ -183,6 +253,8 @@ def main(args):
     for kind, run in runs.items():
         if run.args.script != kind:
             fail(f'--{kind} {run.path}: is a run of train_{run.args.script}.py')
+        if (args.cfg if kind == 'bravo' else args.seg_cfg) != 1 and not run.args.p_uncond:
+            fail(f'--{"cfg" if kind == "bravo" else "seg-cfg"}: {run.path} was trained without --p-uncond and knows no image without its condition')
         run.model = torch.compile(run.net) if args.compile else run.net
         solver(run, args, args.steps if kind == 'bravo' else args.seg_steps)
     main_run = runs.get('bravo', runs.get('seg'))
@@ -190,13 +262,21 @@ def main(args):
         fail(f'--seg draws {runs["seg"].args.size} pixels, --bravo {main_run.args.size}; train both at one --size')
     if len(runs) == 2 and max(abs(a - b) for a, b in zip(runs['seg'].box, main_run.box)) > 0.02:
         print0(f'note: the mask model saw the brain box {runs["seg"].box}, the image model {main_run.box}; masks may not fit')
+    requests = read_requests(args, runs['seg']) if args.seg else []
+    if requests and not runs['seg'].args.controllable:
+        fail(f'--count and --requests: {runs["seg"].path} was trained without --controllable')
+    if args.seg and not requests and runs['seg'].args.controllable and not runs['seg'].args.p_uncond:
+        fail(f'--seg {runs["seg"].path}: was trained with --controllable and no --p-uncond, so it must be told what to draw; give --count or --requests')
     masks = Masks(args, main_run.args.size, main_run.box)
     name, ts, _ = solver(main_run, args, args.steps if args.bravo else args.seg_steps)
     if args.save_at:
         keep_steps(args.save_at, ts, [])                                         # fails now, not after the first batch
     done = open_set(args, runs)
+    weight = args.cfg if args.bravo else args.seg_cfg
+    asked_at = [*ts[:-1].tolist(), *(ts[1:-1].tolist() if name == 'heun' else ())]
+    forwards = len(asked_at) + sum(Guidance(weight, args.cfg_interval).at(t) for t in asked_at)
     todo = [i for i in range(args.n) if i not in done][rank()::world()]
-    print0(f'{out}: {args.n} patients, {len(done)} there already; {name} with {len(ts) - 1} steps = {nfe(name, len(ts) - 1)} forwards an image')
+    print0(f'{out}: {args.n} patients, {len(done)} there already; {name} with {len(ts) - 1} steps = {forwards} forwards an image')
 
     # batch by batch, image by image to disk
     stop, clock, made = Stop(), time.perf_counter(), 0
@@ -206,9 +286,11 @@ def main(args):
         ids = todo[k:k + args.batch_size]
         if args.seg:
             level = torch.tensor([masks.level(i) for i in ids])
-            drawn = draw(runs['seg'], args, ids, 'mask', args.seg_steps, level=level)
+            asked = [requests[i % len(requests)] for i in ids] if requests else None
+            drawn = draw(runs['seg'], args, ids, 'mask', args.seg_steps, level=level, requests=asked)
             mask = (drawn > 0).float()
-            about = [('', f'seg:{runs["seg"].hash}', runs['seg'].spacing)] * len(ids)
+            about = [('', f'seg:{runs["seg"].hash}' + (f' request {i % len(requests)}: {len(requests[i % len(requests)])} lesions' if requests else ''),
+                      runs['seg'].spacing) for i in ids]
         else:
             picked = [masks[i] for i in ids]
             level = torch.tensor([p[1] for p in picked])

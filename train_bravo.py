@@ -22,7 +22,7 @@ def get_args(argv=None):
     for name in ('perceptual_weights', 'lpips_weights'):
         if getattr(args, name) and not Path(getattr(args, name)).is_file():
             fail(f'--{name.replace("_", "-")} {getattr(args, name)}: no such file')
-    args.script = 'bravo'
+    args.script, args.controllable = 'bravo', False
     return args
 
 
@@ -53,7 +53,7 @@ def main(args):
 
     # network, process, optimiser
     torch.manual_seed(seed_of(args.seed, 'weights') % 2 ** 32)
-    net = build_net(args, in_channels=2, out_channels=1, extra_dim=int(args.slice_level))
+    net = build_net(args, in_channels=2 + (args.p_uncond > 0), out_channels=1, extra_dim=int(args.slice_level))
     if args.init and not state:
         load_init(net, args)
     net = net.to(device, memory_format=torch.channels_last)                  # convolutions are faster with it
@@ -84,6 +84,7 @@ def main(args):
         picked = rows[batch_rows(len(rows), B, step, args.seed)]
         g = generator(args.seed, 'step', step)
         t, u = process.draw_t(B, g, args.logit_normal), torch.rand(B, 5, generator=g)
+        present = torch.rand(B, generator=g) >= args.p_uncond                # whose condition the network is told
         noise = torch.randn(B, 1, args.size, args.size, generator=generator(args.seed, 'noise', step, device=device), device=device)
         total = torch.zeros((), device=device)
         for k in range(args.accumulate):
@@ -92,6 +93,7 @@ def main(args):
             if args.augment:
                 x_0, mask = augment(x_0, mask, u[mine])
             x_0, times = process.to_range(x_0), t[mine].to(device, non_blocking=True)
+            mask = mask_condition(mask, args.p_uncond, present[mine])
             last = k == args.accumulate - 1
             with contextlib.nullcontext() if last or world() == 1 else model.no_sync():
                 with autocast(device, args.dtype):
@@ -120,7 +122,7 @@ def main(args):
         for part in (slice(i, i + args.batch_size) for i in range(0, len(picked), args.batch_size)):
             x_0, mask, extra, eps, times = (v if v is None else v.to(device) for v in (*batch(picked[part]), noise[part], t[part]))
             with autocast(device, args.dtype):
-                error = process.loss(network, process.to_range(x_0), eps, times, mask, extra=extra)[1]
+                error = process.loss(network, process.to_range(x_0), eps, times, mask_condition(mask, args.p_uncond), extra=extra)[1]
             losses.add(1, process.log_snr(times), error)
         return float(losses.sums[1, 0].sum() / losses.sums[1, 1].sum())
 
@@ -131,7 +133,7 @@ def main(args):
         picked = np.concatenate([[i for i in pool if data.table[i]['tumour'] > 0], pool]).astype(int)[:400]
         picked = picked[np.linspace(0, len(picked) * 0.8, 8, endpoint=False).astype(int)]
         x_0, mask, extra = (v if v is None else v.to(device) for v in batch(picked))
-        denoise = make_denoise(ema.net, process, mask, None, extra, args.dtype, clip=not args.rflow)
+        denoise = make_denoise(ema.net, process, mask_condition(mask, args.p_uncond), None, extra, args.dtype, clip=not args.rflow)
         ts, rows_ = process.times(min(25 if args.rflow else 50, args.steps or 25)), []
         for k in range(2):
             noise = torch.randn(x_0.shape, generator=generator('picture', k)).to(device)
@@ -154,7 +156,7 @@ def main(args):
         losses.merge()
         if rank() == 0:
             save_checkpoint(out, dict(net=net.state_dict(), ema=ema.net.state_dict(), ema_updates=ema.updates, opt=opt.state_dict(),
-                                      step=step, args=plain(args), box=list(data.box), spacing=list(spacing), in_channels=2,
+                                      step=step, args=plain(args), box=list(data.box), spacing=list(spacing), in_channels=net.conv_in.in_channels,
                                       out_channels=1, extra_dim=int(args.slice_level), loss_by_t=losses.sums.cpu()), args.keep_every)
             losses.write(out / 'loss_by_t.csv')
 

@@ -13,7 +13,11 @@ from common import *
 
 def get_args(argv=None):
     p = train_parser(__doc__.split('\n')[0], 'runs/seg')
+    g = p.add_argument_group('control')
+    g.add_argument('--controllable', action='store_true', help='condition on count, sizes and places of the lesions (cross-attention)')
     args = finish_args(p.parse_args(argv))
+    if args.p_uncond and not args.controllable:
+        fail(f'--p-uncond {args.p_uncond:g}: a mask model has a condition to drop only with --controllable')
     args.script = 'seg'
     return args
 
@@ -56,6 +60,14 @@ def main(args):
         extra = level[picked][:, None] if args.slice_level else None
         return torch.tensor(data.masks[picked]).float() * 2 - 1, extra
 
+    def tokens(x_0, hide=None, present=None):
+        """What a request for these masks (B,1,S,S) would say, with the parts hidden that training hides; None without --controllable."""
+        if not args.controllable:
+            return None
+        asked = [lesion_records(m) for m in x_0.cpu().numpy()[:, 0] > 0]
+        asked = [r if present is None or p else None for r, p in zip(asked, asked if present is None else present)]
+        return lesion_tokens(asked, hide).to(device)
+
     def train_step(step, lr):
         """One optimiser step. All that is random is a function of (seed, step) and drawn for the whole batch, of which each
         process takes its part: so resuming and the number of processes change nothing. Returns loss, gradient norm."""
@@ -63,6 +75,8 @@ def main(args):
         picked = rows[batch_rows(len(rows), B, step, args.seed)]
         g = generator(args.seed, 'step', step)
         t, u = process.draw_t(B, g, args.logit_normal), torch.rand(B, 5, generator=g)
+        present = torch.rand(B, generator=g) >= args.p_uncond                # whose condition the network is told
+        hide = torch.rand(B, LESIONS, 2, generator=g) < 0.2                  # whose size and place it is not
         noise = torch.randn(B, 1, args.size, args.size, generator=generator(args.seed, 'noise', step, device=device), device=device)
         total = torch.zeros((), device=device)
         for k in range(args.accumulate):
@@ -70,11 +84,12 @@ def main(args):
             x_0, extra = (v if v is None else v.to(device, non_blocking=True) for v in batch(picked[mine]))
             if args.augment:
                 x_0 = augment(x_0, x_0 + 1, u[mine])[1] - 1                    # nearest, background outside
+            context = tokens(x_0, hide[mine], present[mine])
             x_0, times = process.to_range(x_0), t[mine].to(device, non_blocking=True)
             last = k == args.accumulate - 1
             with contextlib.nullcontext() if last or world() == 1 else model.no_sync():
                 with autocast(device, args.dtype):
-                    loss, error, _ = process.loss(model, x_0, noise[mine], times, extra=extra, min_snr=args.min_snr)
+                    loss, error, _ = process.loss(model, x_0, noise[mine], times, None, context, extra, args.min_snr)
                 loss = loss.mean()
                 (loss / args.accumulate).backward()
             total += loss.detach() / args.accumulate
@@ -97,17 +112,17 @@ def main(args):
         for part in (slice(i, i + args.batch_size) for i in range(0, len(picked), args.batch_size)):
             x_0, extra, eps, times = (v if v is None else v.to(device) for v in (*batch(picked[part]), noise[part], t[part]))
             with autocast(device, args.dtype):
-                error = process.loss(network, process.to_range(x_0), eps, times, extra=extra)[1]
+                error = process.loss(network, process.to_range(x_0), eps, times, None, tokens(x_0), extra)[1]
             losses.add(1, process.log_snr(times), error)
         return float(losses.sums[1, 0].sum() / losses.sums[1, 1].sum())
 
     @torch.no_grad()
     def picture(path):
-        """Real masks of validation patients, and generated ones (for the same slice levels)."""
+        """Real masks of validation patients, and generated ones (for the same slice levels and, with --controllable, requests)."""
         pool = val if len(val) else rows
         picked = pool[np.linspace(0, len(pool), 8, endpoint=False).astype(int)]
         x_0, extra = (v if v is None else v.to(device) for v in batch(picked))
-        denoise = make_denoise(ema.net, process, None, None, extra, args.dtype, clip=not args.rflow)
+        denoise = make_denoise(ema.net, process, None, tokens(x_0), extra, args.dtype, clip=not args.rflow)
         ts, rows_ = process.times(min(25 if args.rflow else 50, args.steps or 25)), []
         for k in range(3):
             noise = torch.randn(x_0.shape, generator=generator('picture', k)).to(device)
@@ -128,7 +143,7 @@ def main(args):
         losses.merge()
         if rank() == 0:
             save_checkpoint(out, dict(net=net.state_dict(), ema=ema.net.state_dict(), ema_updates=ema.updates, opt=opt.state_dict(),
-                                      step=step, args=plain(args), box=list(data.box), spacing=list(spacing), in_channels=1,
+                                      step=step, args=plain(args), box=list(data.box), spacing=list(spacing), in_channels=net.conv_in.in_channels,
                                       out_channels=1, extra_dim=int(args.slice_level), loss_by_t=losses.sums.cpu()), args.keep_every)
             losses.write(out / 'loss_by_t.csv')
 

@@ -53,6 +53,7 @@ TRAIN = [  # script, flags, words of the line
     ('bravo', '--batch-size 6 --accumulate 4', '--batch-size 6 multiple --accumulate 4'),
     ('bravo', '--iters 2 --minutes 1', '--iters --minutes give one'),
     ('seg', '--iters -1', "--iters '-1' at least 0"),
+    ('seg', '--seed 1' + 400 * '0', '--seed whole number'),
     ('seg', '--iters 1.5', "--iters '1.5' whole number"),
     ('bravo', '--minutes 0', "--minutes '0' above 0"),
     ('bravo', '--channels 8,x', "--channels 'x' whole number"),
@@ -135,7 +136,7 @@ def test_resuming_with_other_flags_is_refused(call, trained, capsys, flags, word
 
 
 def test_resuming_the_other_script_or_a_foreign_checkpoint_is_refused(call, trained, files, tmp_path, capsys):
-    refused(capsys, ['--out', 'bravo', 'seg'], call, 'bravo', trained / 'seg', '--rflow')
+    refused(capsys, ['--out', 'train_seg.py', 'another'], call, 'bravo', trained / 'seg', '--rflow')
     for name in ('plain', 'list', 'tensor'):
         (tmp_path / name).mkdir()
         shutil.copy(files / f'{name}.pt', tmp_path / name / 'ckpt.pt')
@@ -174,6 +175,9 @@ SAMPLE = [
     ('--seg {trained}/seg --out {files}/full', '--out full empty folder'),
     ('--seg {trained}/seg --out {files}/notes.txt', '--out notes.txt folder'),
     ('--seg {trained}/seg --seg-step 3', '--seg-step --help'),
+    ('--seg {trained}/seg --part test', '--part test without --data'),
+    ('--seg {trained}/seg --empty-slices 0', '--empty-slices 0.0 without --data'),
+    ('--bravo {trained}/bravo --data {phantom} --seg-steps 3', '--seg-steps 3 without --seg'),
 ]
 
 

@@ -1,0 +1,273 @@
+"""Measures generated images against real patients, with the same measure between real patients beside each figure.
+
+  python evaluate.py quality --fake runs/synthetic --data DIR --vgg-weights vgg16.pth     distances, diversity, lesions, memorisation
+
+Leaves in --out: metrics.json, metrics.csv, spectrum.png, nearest.png. Reads files, changes none.
+"""
+from common import *
+
+
+def get_args(argv=None):
+    p = Parser(description=__doc__.split('\n')[0])
+    commands = p.add_subparsers(dest='command', required=True, metavar='COMMAND', parser_class=Parser)
+    q = commands.add_parser('quality', help='is a generated set like real patients it has not seen?')
+    g = q.add_argument_group('what')
+    g.add_argument('--fake', required=True, metavar='DIR', help='a set made by sample.py')
+    g.add_argument('--data', nargs='+', required=True, metavar='DIR', help='the real patients, training patients included')
+    g.add_argument('--part', choices=('val', 'judge', 'test'), default='test', help='the real patients to compare with')
+    g.add_argument('--split', metavar='FILE', help='CSV patient,part instead of the split by name')
+    g.add_argument('--empty-slices', type=number(float, 0, 1), default=0.2, help='share of real slices without tumour')
+    g.add_argument('--vgg-weights', metavar='FILE', help='VGG16 weights; "none" leaves its metrics out; not given: fetched')
+    g = q.add_argument_group('how')
+    g.add_argument('--n', type=number(int, 8), default=1000, help='images on each side at most; fewer where a side has fewer')
+    g.add_argument('--repeats', type=number(int, 20), default=200, help='bootstrap draws, of patients')
+    g.add_argument('--out', default='runs/quality', metavar='DIR')
+    g.add_argument('--cache', default='runs/cache', metavar='DIR', help='where decoded slices are kept')
+    g.add_argument('--seed', type=number(int, 0), default=0)
+    g.add_argument('--device', choices=('auto', 'cpu', 'cuda'), default='auto')
+    args = p.parse_args(argv)
+    args.dtype = 'fp32'
+    if not (Path(args.fake) / 'sample.json').is_file():
+        fail(f'--fake {args.fake}: holds no sample.json; give a set made by sample.py')
+    if args.vgg_weights not in (None, 'none') and not Path(args.vgg_weights).is_file():
+        fail(f'--vgg-weights {args.vgg_weights}: no such file')
+    if Path(args.out).exists() and not Path(args.out).is_dir():
+        fail(f'--out {args.out}: is a file; give a folder')
+    return args
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Distances between two sets. a and b are index arrays into what is given first, so that a bootstrap may repeat images:
+# two copies of one image never count as a pair.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def kid(kernel, a, b):
+    """Kernel distance (Binkowski 2018): unbiased MMD^2 from a matrix of kernel values."""
+    def within(i):
+        pairs = i[:, None] != i[None]
+        return kernel[np.ix_(i, i)][pairs].mean()
+    return within(a) + within(b) - 2 * kernel[np.ix_(a, b)].mean()
+
+
+def polynomial_kernel(x):
+    """(x.y / d + 1)^3 for all pairs of x (N,d)."""
+    return (x @ x.T / x.shape[1] + 1) ** 3
+
+
+def frechet(x, a, b):
+    """|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^0.5) for features x (N,d) (Heusel 2017). Biased upwards for few images."""
+    xa, xb = x[a] - x[a].mean(0), x[b] - x[b].mean(0)
+    # tr((S_a S_b)^0.5) is the nuclear norm of the cross product of the centred features: no square root of a singular matrix
+    cross = np.linalg.svd(xa @ xb.T, compute_uv=False).sum() / math.sqrt((len(a) - 1) * (len(b) - 1))
+    return float(((x[a].mean(0) - x[b].mean(0)) ** 2).sum() + (xa ** 2).sum() / (len(a) - 1) + (xb ** 2).sum() / (len(b) - 1) - 2 * cross)
+
+
+def prdc(distance, fake, real, k=5):
+    """Precision, recall (Kynkaanniemi 2019), density, coverage (Naeem 2020) from a matrix of distances: k-th neighbour, strict <."""
+    def radius(i):
+        d = np.where(i[:, None] != i[None], distance[np.ix_(i, i)], np.inf)
+        return np.partition(d, k - 1, 1)[:, k - 1]
+    d, r_fake, r_real = distance[np.ix_(fake, real)], radius(fake), radius(real)
+    inside = d < r_real
+    return dict(precision=inside.any(1).mean(), recall=(d < r_fake[:, None]).any(0).mean(), density=inside.sum(1).mean() / k,
+                coverage=(d.min(0) < r_real).mean())
+
+
+def distances(x):
+    """Euclidean distances of all pairs of x (N,d)."""
+    square = (x ** 2).sum(1)
+    return np.sqrt(np.maximum(square[:, None] + square[None] - 2 * x @ x.T, 0))
+
+
+def radial_spectrum(images):
+    """Power of each image (N,H,W) at whole spatial frequencies 1 .. H/2 cycles an image, in dB, averaged over directions."""
+    n = images.shape[-1]
+    f = np.fft.fftfreq(n, 1 / n)
+    radius = np.hypot(f[:, None], f[None]).round().astype(int).ravel()
+    window = np.hanning(n + 2)[1:-1]                                              # the borders do not meet
+    power = np.abs(np.fft.fft2(images * window[:, None] * window)).reshape(len(images), -1) ** 2
+    rings = np.stack([np.bincount(radius, row) for row in power]) / np.bincount(radius)
+    return 10 * np.log10(rings[:, 1:n // 2 + 1] + 1e-12)
+
+
+def wasserstein(a, b):
+    """W1 between two samples of numbers: the area between their distribution functions. nan when one is empty."""
+    if not len(a) or not len(b):
+        return math.nan
+    both = np.sort(np.concatenate([a, b]))
+    F_a, F_b = (np.searchsorted(np.sort(v), both[:-1], 'right') / len(v) for v in (a, b))
+    return float((np.abs(F_a - F_b) * np.diff(both)).sum())
+
+
+MS_SSIM = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)                                # Wang 2003; small images use the first few
+
+
+def ms_ssim(x, y):
+    """Multi-scale SSIM (Wang 2003) of pairs x, y (N,1,H,W) in [-1,1]: (N,). Window 11, sigma 1.5; scales while the side is >= 11."""
+    scales = min(5, int(math.log2(x.shape[-1] / 11)) + 1)
+    weights = torch.tensor(MS_SSIM[:scales])
+    g = torch.exp(-(torch.arange(11.0) - 5) ** 2 / (2 * 1.5 ** 2))
+    window = (g.outer(g) / g.sum() ** 2)[None, None].to(x)
+    blur = lambda v: F.conv2d(v, window)
+    out = x.new_ones(len(x))
+    for i, weight in enumerate((weights / weights.sum()).tolist()):
+        mx, my = blur(x), blur(y)
+        vx, vy, cov = blur(x * x) - mx * mx, blur(y * y) - my * my, blur(x * y) - mx * my
+        c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2                                 # a range of 2
+        structure = (2 * cov + c2) / (vx + vy + c2)
+        if i == scales - 1:
+            structure = structure * (2 * mx * my + c1) / (mx * mx + my * my + c1)
+        out = out * structure.mean((1, 2, 3)).clamp(min=0) ** weight
+        x, y = F.avg_pool2d(x, 2), F.avg_pool2d(y, 2)
+    return out
+
+
+def lesions(masks):
+    """Of masks (N,S,S): the number of pieces of each, and for all pieces image number, diameter (pixels), centre x, y in [0,1]."""
+    counts, pieces = np.zeros(len(masks), int), []
+    for i, mask in enumerate(masks):
+        labels, counts[i] = components(mask)
+        for k in range(1, counts[i] + 1):
+            y, x = np.nonzero(labels == k)
+            pieces.append((i, math.sqrt(4 * len(x) / math.pi), (x.mean() + 0.5) / mask.shape[1], (y.mean() + 0.5) / mask.shape[0]))
+    return counts, np.array(pieces, float).reshape(-1, 4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# quality
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def memorisation(x, samples, train, held_out):
+    """Share of samples nearer to a training image than to a held-out one; 0.5 when nothing is memorised. Pools of equal size."""
+    return (x[np.ix_(samples, train)].min(1) < x[np.ix_(samples, held_out)].min(1)).mean()
+
+
+def draw(rows, patients, g, resample):
+    """Shuffled rows of a set; with `resample` those of as many patients drawn with replacement."""
+    if resample:
+        names, inverse = np.unique(patients[rows], return_inverse=True)
+        picked = torch.randint(len(names), (len(names),), generator=g).numpy()
+        rows = np.concatenate([rows[inverse == p] for p in picked])
+    return rows[torch.randperm(len(rows), generator=g).numpy()]
+
+
+def quality(args):
+    """The metric table: fake against --part, and as floor real training patients against --part, images drawn alike."""
+    device, out = setup(args), Path(args.out)
+    made = json.loads((Path(args.fake) / 'sample.json').read_text())
+    if not made.get('bravo'):
+        fail(f'--fake {args.fake}: holds masks only; make images with sample.py --bravo RUN')
+    if made['weights'] == 'raw':
+        print0('note: the images were made with raw weights')
+    fake = load_slices([args.fake], made['pixels'], cache=args.cache, training=False)
+    real = load_slices(args.data, made['pixels'], box=made['box'], split=args.split, cache=args.cache)
+    pools = {k: real.rows(k, args.empty_slices, args.seed) for k in ('train', args.part)}
+    others = np.concatenate([real.rows(k, args.empty_slices, args.seed) for k in PARTS if k not in ('train', args.part)])
+    if not all(len(v) >= 8 for v in pools.values()):
+        fail(f'--data {" ".join(args.data)}: has {len(pools["train"])} slices of training and {len(pools[args.part])} of {args.part} '
+             'patients; at least 8 of each are needed, see --split')
+    # one list of images: the real ones that are used, then the fakes
+    used = np.concatenate([pools['train'], pools[args.part], others]).astype(int)
+    images = np.concatenate([real.images[used], fake.images])[:, 0]
+    masks = np.concatenate([real.masks[used], fake.masks])[:, 0]
+    patients = np.array([real.table[i]['patient'] for i in used] + [f'fake:{r["source"] or r["folder"]}' for r in fake.table])
+    a, b = len(pools['train']), len(pools['train']) + len(pools[args.part])
+    train, test, others, fakes = np.arange(a), np.arange(a, b), np.arange(b, len(used)), np.arange(len(used), len(images))
+    sizes = {k: f'{len(v)} images of {len(set(patients[v]))}' for k, v in dict(fake=fakes, train=train, test=test).items()}
+    print0(f'fake {sizes["fake"]} sources, train {sizes["train"]} patients, {args.part} {sizes["test"]} patients')
+
+    spectrum = radial_spectrum(images)
+    counts, pieces = lesions(masks)
+    piece_rows = [np.flatnonzero(pieces[:, 0] == i) for i in range(len(images))]
+    pixels = images.reshape(len(images), -1).astype(np.float64)
+    centre = pixels[train].mean(0)
+    axes = np.linalg.svd(pixels[train] - centre, full_matrices=False)[2][:64]      # PCA of the training images
+    near = distances((pixels - centre) @ axes.T)
+    x = None
+    if args.vgg_weights != 'none':
+        vgg = VGG16(args.vgg_weights).to(device)
+        with torch.no_grad():
+            x = torch.cat([vgg(part.to(device))[-1].mean((2, 3)).cpu() for part in progress(torch.from_numpy(images)[:, None].split(64), 'VGG16')])
+        x = x.double().numpy()
+        kernel, apart = polynomial_kernel(x), distances(x)
+
+    def measure(i, j):
+        """All distances of images i to reference images j."""
+        m = {}
+        if x is not None:
+            m |= {'KID x 1000': 1000 * kid(kernel, i, j), 'Frechet distance': frechet(x, i, j), **prdc(apart, i, j)}
+        m['spectrum, dB'] = float(np.sqrt(((spectrum[i].mean(0) - spectrum[j].mean(0)) ** 2).mean()))
+        pairs = torch.from_numpy(images[i])[:, None]
+        half = min(len(i) // 2, 200)
+        m['MS-SSIM within'] = float(ms_ssim(pairs[:half], pairs[half:2 * half]).mean())
+        p, q = (pieces[np.concatenate([piece_rows[r] for r in rows])] for rows in (i, j))
+        m['lesion count, W1'] = wasserstein(counts[i], counts[j])
+        m['lesion diameter, W1 pixels'] = wasserstein(p[:, 1], q[:, 1])
+        m['lesion place, W1 of x and y'] = (wasserstein(p[:, 2], q[:, 2]) + wasserstein(p[:, 3], q[:, 3])) / 2
+        return m
+
+    def both(k, resample):
+        """One draw: (fake against part, floor against part), equal numbers of images in all three."""
+        g = generator(args.seed, 'quality', k)
+        f, t, r, o = (draw(rows, patients, g, resample) for rows in (fakes, train, test, others))
+        n = min(len(f), len(t), len(r), args.n)
+        ours, floor = measure(f[:n], r[:n]), measure(t[:n], r[:n])
+        n = min(len(t), len(r))
+        ours['nearer to training'] = memorisation(near, f, t[:n], r[:n])
+        floor['nearer to training'] = memorisation(near, o, t[:n], r[:n]) if len(o) else math.nan
+        return ours, floor
+
+    points = [both(('point', k), False) for k in range(10)]
+    draws = [both(('draw', k), True) for k in progress(range(args.repeats), 'bootstrap')]
+    table = []
+    for name in points[0][0]:
+        row = [name]
+        for side in (0, 1):
+            values = [d[side][name] for d in draws]
+            row += [float(np.mean([p[side][name] for p in points])), *(float(np.nanpercentile(values, q)) if np.isfinite(values).any() else math.nan for q in (2.5, 97.5))]
+        gain = [d[0][name] - d[1][name] for d in draws]
+        table.append([*row, *(float(np.nanpercentile(gain, q)) if np.isfinite(gain).any() else math.nan for q in (2.5, 97.5))])
+    header = ['metric', 'fake', 'fake_low', 'fake_high', 'floor', 'floor_low', 'floor_high', 'above_low', 'above_high']
+    cut, nearest = copies(images, fakes, train, np.concatenate([test, others]), out)
+    report(out, header, table, dict(fake=args.fake, hash=made.get('bravo'), part=args.part, n=int(min(len(fakes), len(train), len(test), args.n)), sizes=sizes,
+                                    repeats=args.repeats, correlation_cut=cut, copies=int((nearest > cut).sum())))
+    cycles = np.arange(1, spectrum.shape[1] + 1)
+    plot(out / 'spectrum.png', {n: (cycles, spectrum[i].mean(0)) for n, i in (('fake', fakes), ('train', train), (args.part, test))},
+         'radial power spectrum', 'cycles an image', 'dB', logx=True)
+    print0(f'copies: {(nearest > cut).sum()} of {len(fakes)} images correlate above {cut:.3f} with a training image (the 99th percentile of real '
+           f'held-out images); look at {out}/nearest.png')
+
+
+def copies(images, fakes, train, held_out, out):
+    """Nearest training image of each fake by correlation; the eight closest pairs as a picture. Returns the cut and the correlations."""
+    flat = images.reshape(len(images), -1).astype(np.float32)
+    flat = flat - flat.mean(1, keepdims=True)
+    flat /= np.linalg.norm(flat, axis=1, keepdims=True) + 1e-8
+    to_train, to_held = flat[fakes] @ flat[train].T, flat[fakes] @ flat[held_out].T
+    cut = float(np.percentile((flat[held_out] @ flat[train].T).max(1), 99))
+    top = np.argsort(-to_train.max(1))[:8]
+    zoom = max(1, 128 // images.shape[-1])
+    out.mkdir(parents=True, exist_ok=True)
+    save_grid(out / 'nearest.png', [[images[fakes[i]] for i in top], [images[train[to_train[i].argmax()]] for i in top],
+                                    [images[held_out[to_held[i].argmax()]] for i in top]], ['generated', 'nearest train', 'held out'], zoom)
+    return cut, to_train.max(1)
+
+
+def report(out, header, table, about):
+    """Prints the table and writes metrics.csv and metrics.json."""
+    print0(f'{"":28}{"fake":>9}  {"95 %":^19}{"real":>9}  {"95 %":^19}  fake - real, 95 %')
+    for name, *v in table:
+        print0(f'{name:28}{v[0]:9.3f}  [{v[1]:7.3f}, {v[2]:7.3f}]  {v[3]:9.3f}  [{v[4]:7.3f}, {v[5]:7.3f}]  [{v[6]:7.3f}, {v[7]:7.3f}]')
+    out.mkdir(parents=True, exist_ok=True)
+    write_csv(out / 'metrics.csv', header, table)
+    atomic_write(out / 'metrics.json', json.dumps({**about, 'metrics': {r[0]: dict(zip(header[1:], r[1:])) for r in table}}, indent=1).encode())
+
+
+def main(args):
+    {'quality': quality}[args.command](args)
+
+
+if __name__ == '__main__':
+    main(get_args())

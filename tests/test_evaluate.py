@@ -1,0 +1,153 @@
+"""The yardsticks of evaluate.py: closed forms, identities, and sets whose answer is known."""
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import evaluate
+from evaluate import copies, distances, draw, frechet, kid, lesions, memorisation, ms_ssim, polynomial_kernel, prdc, radial_spectrum, wasserstein
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+A, B = np.arange(300), np.arange(300, 600)
+
+
+def test_frechet():
+    """A shift of one feature by 3 costs exactly 9; y = 2x costs tr(S) + |mu|^2; equal sets 0; Gaussians: the closed form."""
+    x = normal(300, 8)
+    assert abs(frechet(np.concatenate([x, x + 3 * np.eye(8)[0]]), A, B) - 9) < 1e-9
+    assert abs(frechet(np.concatenate([x, 2 * x]), A, B) - (np.trace(np.cov(x.T)) + (x.mean(0) ** 2).sum())) < 1e-9
+    assert abs(frechet(np.concatenate([x, x]), A, B)) < 1e-9
+    y = normal(300, 8, seed=1) @ normal(8, 8, seed=2)
+    S, T = np.cov(x.T), np.cov(y.T)
+    root = np.sqrt(np.linalg.eigvals(S @ T).real.clip(0)).sum()
+    assert abs(frechet(np.concatenate([x, y]), A, B) - (((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(S + T) - 2 * root)) < 1e-8
+    wide = np.concatenate([normal(300, 500), normal(300, 500, seed=3)])                       # fewer images than features
+    assert math.isfinite(frechet(wide, A, B)) and frechet(wide, A, B) > 0
+
+
+def test_kid():
+    """Unbiased: mean 0 between equal distributions, one value by hand, and copies of an image are no pair."""
+    values = [kid(polynomial_kernel(normal(400, 16, seed=s)), np.arange(200), np.arange(200, 400)) for s in range(60)]
+    assert abs(np.mean(values)) < 4 * np.std(values) / 60 ** 0.5 and 0.005 < np.std(values) < 0.03
+    x = np.array([[1.0, 0], [0, 1], [1, 1], [2, 0]])
+    k = lambda u, v: (np.dot(u, v) / 2 + 1) ** 3
+    by_hand = k(x[0], x[1]) + k(x[2], x[3]) - 2 * np.mean([k(x[i], x[j]) for i in (0, 1) for j in (2, 3)])
+    assert abs(kid(polynomial_kernel(x), np.array([0, 1]), np.array([2, 3])) - by_hand) < 1e-12
+    twice = kid(polynomial_kernel(x), np.array([0, 1, 0, 1]), np.array([2, 3]))
+    assert abs(twice - by_hand) < 1e-12
+    assert kid(polynomial_kernel(np.concatenate([normal(300, 16), normal(300, 16, seed=1) + 1])), A, B) > 0.5
+
+
+def test_prdc():
+    """1 for equal sets, 0 for distant ones, coverage .969 for independent ones at k=5 (1 - C(n,k)/C(2n,k) for large n)."""
+    x = normal(300, 8)
+    same = prdc(distances(np.concatenate([x, x])), A, B)
+    assert same['precision'] == same['recall'] == same['coverage'] == 1 and abs(same['density'] - 1) < 1e-9
+    far = prdc(distances(np.concatenate([x, x + 100])), A, B)
+    assert set(far.values()) == {0}
+    found = [prdc(distances(normal(400, 8, seed=s)), np.arange(200), np.arange(200, 400))['coverage'] for s in range(20)]
+    assert abs(np.mean(found) - 0.969) < 0.01
+    one_mode = prdc(distances(np.concatenate([x[:1] + 0.01 * normal(300, 8, seed=4), x])), A, B)
+    assert one_mode['precision'] == 1 and one_mode['recall'] < 0.05 and one_mode['coverage'] < 0.1
+    d = distances(x)
+    np.testing.assert_allclose(d[3, 7], np.linalg.norm(x[3] - x[7]))
+
+
+def test_spectrum():
+    """A cosine of 5 cycles has its power in ring 5; doubling adds 6.02 dB; white noise is flat."""
+    n = np.arange(64)
+    wave = np.cos(2 * np.pi * 5 * n / 64)[None, :] * np.ones((64, 1))
+    s = radial_spectrum(np.stack([wave, 2 * wave]))
+    assert s.shape == (2, 32) and s[0].argmax() == 4
+    np.testing.assert_allclose(s[1] - s[0], 20 * math.log10(2), atol=1e-3)
+    white = radial_spectrum(normal(200, 64, 64))
+    assert np.ptp(white.mean(0)[2:]) < 1.5
+
+
+def test_wasserstein():
+    x = normal(500)
+    assert wasserstein(x, x) == 0 and abs(wasserstein(x, x + 3) - 3) < 1e-9 and abs(wasserstein(x, 3 - x) - wasserstein(3 - x, x)) < 1e-12
+    assert wasserstein(np.array([0.0]), np.array([0.0, 1, 2, 3])) == 1.5 and math.isnan(wasserstein(x, x[:0]))
+    np.testing.assert_allclose(wasserstein(x, np.sort(2 * x)), np.abs(np.sort(x) - np.sort(2 * x)).mean())   # equal sizes: sorted pairs
+
+
+@pytest.mark.parametrize('size', [64, 128, 192])
+def test_ms_ssim(size):
+    g = torch.Generator().manual_seed(0)
+    x = torch.rand(3, 1, size, size, generator=g) * 2 - 1
+    assert (ms_ssim(x, x) - 1).abs().max() < 1e-5
+    noise = torch.randn(x.shape, generator=g)
+    near, far = ms_ssim(x, x + 0.1 * noise), ms_ssim(x, x + noise)
+    assert (0 < far).all() and (far < near).all() and (near < 1).all()
+    torch.testing.assert_close(ms_ssim(x, x + noise), ms_ssim(x + noise, x))
+    assert ms_ssim(x, torch.rand(x.shape, generator=g) * 2 - 1).max() < 0.2
+
+
+def test_lesions():
+    """Three discs of known radius and place: count, equivalent diameters, centres; an empty mask has none."""
+    y, x = np.mgrid[:64, :64]
+    mask = np.zeros((2, 64, 64), np.uint8)
+    discs = [(3, 12, 20), (5, 40, 15), (8, 30, 48)]
+    for r, cy, cx in discs:
+        mask[1] |= ((y - cy) ** 2 + (x - cx) ** 2 <= r * r).astype(np.uint8)
+    counts, pieces = lesions(mask)
+    assert counts.tolist() == [0, 3] and (pieces[:, 0] == 1).all()
+    for r, cy, cx in discs:
+        found = pieces[np.abs(pieces[:, 2] * 64 - cx - 0.5).argmin()]
+        area = ((y - cy) ** 2 + (x - cx) ** 2 <= r * r).sum()
+        assert abs(found[1] - math.sqrt(4 * area / math.pi)) < 1e-9 and abs(found[2] * 64 - 0.5 - cx) < 1e-9 and abs(found[3] * 64 - 0.5 - cy) < 1e-9
+
+
+def test_memorisation():
+    """Fresh samples: 0.5. Samples of which a tenth are training images: 0.55, with distance 0 for those."""
+    share = []
+    for s in range(60):
+        x = distances(normal(300, 8, seed=s))
+        share.append(memorisation(x, np.arange(100), np.arange(100, 200), np.arange(200, 300)))
+    assert abs(np.mean(share) - 0.5) < 0.03
+    z = normal(300, 8)
+    z[:10] = z[100:110]
+    assert memorisation(distances(z), np.arange(10), np.arange(100, 200), np.arange(200, 300)) == 1
+    z[:100] = z[100:200]
+    assert memorisation(distances(z), np.arange(100), np.arange(100, 200), np.arange(200, 300)) == 1
+
+
+def test_copies(tmp_path):
+    """Two copied training images, brighter and with a little noise, are the ones above the cut."""
+    images = normal(130, 16, 16).astype(np.float32)
+    images[100:102] = 1.3 * images[:2] + 0.2 + 0.05 * normal(2, 16, 16)
+    cut, nearest = copies(images, np.arange(100, 115), np.arange(50), np.arange(50, 100), tmp_path)
+    assert set(np.flatnonzero(nearest > cut)) == {0, 1} and (tmp_path / 'nearest.png').stat().st_size > 1000
+
+
+def test_draw():
+    """Without resampling a permutation; with it whole patients, some of them more than once."""
+    rows, patients = np.arange(10, 40), np.repeat(np.arange(40) // 4, 1)
+    g = torch.Generator().manual_seed(0)
+    assert sorted(draw(rows, patients, g, False)) == list(rows)
+    some = draw(rows, patients, g, True)
+    for p in set(patients[some]):
+        times = [int((some == r).sum()) for r in rows[patients[rows] == p]]
+        assert len(set(times)) == 1
+    assert len(set(patients[some])) < len(set(patients[rows]))
+
+
+def test_quality(trained, call, phantom, cache, tmp_path, capsys):
+    """The command on a tiny run, end to end, twice to the same figures; real patients as a set of fakes reach the floor's size."""
+    fake = call('sample', tmp_path / 'set', '--bravo', trained / 'bravo', '--data', phantom, '--n', 12, '--steps', 2)
+    run = lambda out: evaluate.main(evaluate.get_args(['quality', '--fake', str(fake), '--data', str(phantom), '--vgg-weights', 'none', '--out', str(out),
+                                                       '--cache', str(cache), '--repeats', '20', '--device', 'cpu']))
+    run(tmp_path / 'a'), run(tmp_path / 'b')
+    found = [json.loads((tmp_path / d / 'metrics.json').read_text()) for d in 'ab']
+    assert found[0]['metrics'].keys() >= {'spectrum, dB', 'MS-SSIM within', 'lesion count, W1', 'nearer to training'}
+    assert json.dumps(found[0]) == json.dumps(found[1])
+    row = found[0]['metrics']['spectrum, dB']
+    assert row['fake'] > row['floor'] > 0 and row['above_low'] > 0                            # four steps of training make no brain
+    for name in ('metrics.csv', 'spectrum.png', 'nearest.png'):
+        assert (tmp_path / 'a' / name).exists()
