@@ -1,6 +1,7 @@
 """Looks at what other scripts left behind.
 
   python analysis.py compare runs/a runs/b runs/quality_a runs/quality_b     runs and their metrics side by side
+  python analysis.py release runs/bravo bravo64.pt                           a run as one small file that sample.py takes
 
 compare takes run folders (log.csv) and folders of evaluate.py (metrics.json) in any number and order. Leaves in --out: compare.csv,
 and loss.png, held_out.png, loss_by_t.png with a curve for each run, metrics.png with a bar for each set.
@@ -14,7 +15,16 @@ def get_args(argv=None):
     c = commands.add_parser('compare', help='curves, flags and metrics of several runs over each other')
     c.add_argument('runs', nargs='+', metavar='DIR', help='run folders, or folders that evaluate.py wrote')
     c.add_argument('--out', default='runs/compare', metavar='DIR')
+    r = commands.add_parser('release', help='the averaged weights of a run in half precision, with what sampling needs')
+    r.add_argument('run', metavar='RUN')
+    r.add_argument('file', metavar='FILE')
     args = p.parse_args(argv)
+    if args.command == 'release':
+        if not Path(args.run).exists():
+            fail(f'{args.run}: no such run folder or checkpoint file')
+        if Path(args.file).is_dir() or not Path(args.file).parent.is_dir():
+            fail(f'{args.file}: is a folder or lies in none; give the name of a file')
+        return args
     for run in args.runs:
         if not any((Path(run) / f).is_file() for f in ('log.csv', 'metrics.json')):
             fail(f'{run}: holds neither log.csv nor metrics.json; give a run folder or a folder of evaluate.py')
@@ -104,8 +114,24 @@ def bars(path, metrics, width=330, line=18):
     save_grid(path, [panels[i:i + 3] for i in range(0, len(panels), 3)])
 
 
+def release(args):
+    """Writes FILE with the EMA weights in fp16 (2 bytes a parameter) and no optimiser; folders are named without their path."""
+    state = load_checkpoint(args.run)
+    if not isinstance(state, dict) or not {'args', 'ema', 'box'} <= state.keys():
+        fail(f'{args.run}: is not a run of train_seg.py or train_bravo.py')
+    half = {k: v.half() for k, v in state['ema'].items()}
+    worst = max(float((half[k].float() - v).abs().max() / v.abs().max().clamp(min=1e-12)) for k, v in state['ema'].items())
+    flags = {k: [Path(v).name for v in x] if k == 'data' and x else Path(x).name if isinstance(x, str) and '/' in x else x for k, x in state['args'].items()}
+    keep = {k: state[k] for k in ('step', 'box', 'spacing', 'in_channels', 'out_channels', 'extra_dim', 'loss_by_t')}
+    buffer = io.BytesIO()
+    torch.save(dict(ema=half, args=flags, **keep), buffer)
+    atomic_write(args.file, buffer.getbuffer())
+    print0(f'{args.file}: {sum(v.numel() for v in half.values()) / 1e6:.2f} M weights of step {state["step"]}, {buffer.tell() / 1e6:.2f} MB; '
+           f'rounding at most {worst:.1e} of a tensor\'s largest weight')
+
+
 def main(args):
-    {'compare': compare}[args.command](args)
+    {'compare': compare, 'release': release}[args.command](args)
 
 
 if __name__ == '__main__':

@@ -3,8 +3,10 @@ import csv
 import json
 
 import pytest
+import torch
 
 import analysis
+import common
 import evaluate
 
 
@@ -26,6 +28,27 @@ def test_compare(trained, call, phantom, cache, tmp_path, capsys):
     assert table['spectrum, dB']['b'].startswith(f'{wanted["fake"]:.3f} [') and float(table['spectrum, dB']['floor']) == pytest.approx(wanted['floor'], abs=1e-3)
     for name in ('loss.png', 'held_out.png', 'loss_by_t.png', 'metrics.png'):
         assert (tmp_path / 'out' / name).stat().st_size > 1000
+
+
+def test_release(trained, call, phantom, tmp_path, capsys):
+    """A fraction of the size, no paths, no optimiser; samples like the run, up to the rounding of the weights."""
+    analysis.main(analysis.get_args(['release', str(trained / 'bravo'), str(tmp_path / 'small.pt')]))
+    state = torch.load(tmp_path / 'small.pt', weights_only=True)
+    assert 'opt' not in state and 'net' not in state and not any('/' in str(v) for v in state['args'].values())
+    assert (tmp_path / 'small.pt').stat().st_size < 0.4 * (trained / 'bravo/ckpt.pt').stat().st_size
+    old, new = common.load_run(trained / 'bravo'), common.load_run(tmp_path / 'small.pt')
+    x, t = torch.randn(2, 2, 16, 16), torch.tensor([0.3, 0.9])
+    assert 0 < (old.net(x, t) - new.net(x, t)).abs().max() < 5e-3 * old.net(x, t).std()
+    images = [common.read_nifti(call('sample', tmp_path / name, '--bravo', run, '--data', phantom, '--n', 1, '--steps', 3) / 'syn_0_000000/bravo.nii.gz')[0]
+              for name, run in (('a', trained / 'bravo'), ('b', tmp_path / 'small.pt'))]
+    assert abs(images[0] - images[1]).max() < 0.01
+    with pytest.raises(SystemExit) as e:
+        call('sample', tmp_path / 'raw', '--bravo', tmp_path / 'small.pt', '--data', phantom, '--weights', 'raw')
+    assert e.value.code == 2 and '--weights ema' in capsys.readouterr().err
+    for run, file in (('none', 'x.pt'), (trained / 'bravo', tmp_path), (trained / 'bravo', tmp_path / 'no/x.pt')):
+        with pytest.raises(SystemExit) as e:
+            analysis.main(analysis.get_args(['release', str(run), str(file)]))
+        assert e.value.code == 2
 
 
 def test_names():
