@@ -130,8 +130,9 @@ def main(args):
     def picture(path):
         """Real slices of validation patients, their masks, and two images generated for each mask."""
         pool = val if len(val) else rows
-        picked = np.concatenate([[i for i in pool if data.table[i]['tumour'] > 0], pool]).astype(int)[:400]
-        picked = picked[np.linspace(0, len(picked) * 0.8, 8, endpoint=False).astype(int)]
+        full = np.array([i for i in pool if data.table[i]['tumour'] > 0], int)
+        pool = full if len(full) >= 8 else pool
+        picked = pool[np.linspace(0, len(pool), 8, endpoint=False).astype(int)]
         x_0, mask, extra = (v if v is None else v.to(device) for v in batch(picked))
         denoise = make_denoise(ema.net, process, mask_condition(mask, args.p_uncond), None, extra, args.dtype, clip=not args.rflow)
         ts, rows_ = process.times(min(25 if args.rflow else 50, args.steps or 25)), []
