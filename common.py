@@ -1130,12 +1130,28 @@ class Process:
         t = torch.randn(n, generator=g).sigmoid() if logit_normal else 1 - torch.rand(n, generator=g)
         return torch.ceil(t * self.steps).clamp(1, self.steps) / self.steps if self.steps else t
 
-    def times(self, n):
-        """n+1 decreasing solver times from 1 to 0, on the grid that the network was trained on."""
+    def times(self, n, grid='time', shift=1.0):
+        """n+1 decreasing solver times from 1 to 0, on the grid that the network was trained on.
+
+        grid: time (equal steps of t) | log-snr (equal steps of log-SNR from near 1 to the first trained time, then 0).
+        shift A: t -> A t / (1 + (A - 1) t) (Esser 2024, eq. 23); A < 1 takes large steps early and small ones at the end.
+        """
         if self.steps and n > self.steps:
             fail(f'--steps {n}: this run was trained on a grid of {self.steps} times; use at most {self.steps}')
         ts = torch.linspace(1, 0, n + 1, dtype=torch.float64)
-        return (torch.round(ts * self.steps) / self.steps if self.steps else ts).float()
+        if grid == 'log-snr':
+            ends = self.log_snr(torch.tensor([0.999, 1 / (self.steps or 1000)], dtype=torch.float64), torch.float64)
+            ts[:-1] = self.time_of(torch.linspace(float(ends[0]), float(ends[1]), n, dtype=torch.float64))
+            ts[0] = 1
+        ts = shift * ts / (1 + (shift - 1) * ts)
+        if not self.steps:
+            return ts.float()
+        k = torch.round(ts * self.steps).long().tolist()
+        for i in range(1, n):                                    # two times that meet on one grid point move apart
+            k[i] = min(k[i], k[i - 1] - 1)
+        for i in reversed(range(1, n)):
+            k[i] = max(k[i], k[i + 1] + 1)
+        return (torch.tensor(k, dtype=torch.float64) / self.steps).float()
 
     def target_of(self, x_0, eps, t):
         """What the network is asked for."""
@@ -1191,6 +1207,13 @@ class DDPM(Process):
         inside = table[low] + (k - 1 - low).clamp(0, 1) * (table[high] - table[low])
         return torch.where(k < 1, table[0] - 2 * torch.log(k.clamp(min=0)), inside).to(dtype)
 
+    def time_of(self, log_snr):
+        """The inverse of log_snr, in fp64."""
+        L, table = torch.as_tensor(log_snr).double(), self.table.to(log_snr.device)
+        high = torch.searchsorted(-table, -L).clamp(1, self.steps - 1)                # table[high - 1] >= L > table[high]
+        inside = high + (table[high - 1] - L) / (table[high - 1] - table[high])
+        return torch.where(L > table[0], torch.exp((table[0] - L) / 2), inside).clamp(max=self.steps) / self.steps
+
     def alpha(self, t):
         return torch.sigmoid(self.log_snr(t)).sqrt()
 
@@ -1233,6 +1256,10 @@ class RFlow(Process):
         t = torch.as_tensor(t).double()
         return (2 * (torch.log1p(-t) - torch.log(t))).to(dtype)
 
+    def time_of(self, log_snr):
+        """The inverse of log_snr, in fp64."""
+        return torch.sigmoid(-torch.as_tensor(log_snr).double() / 2)
+
     def net_time(self, t):
         return t
 
@@ -1265,8 +1292,9 @@ class Guidance:
         self.weight, self.interval, self.rescale, self.mask, self.context = weight, interval, rescale, mask, context
 
     def at(self, t):
-        """Whether a second forward is needed at t: interval (a, b] as in Kynkaanniemi 2024."""
-        return self.weight != 1 and self.interval[0] < t <= self.interval[1]
+        """Which of the times t are guided: interval (a, b] as in Kynkaanniemi 2024."""
+        t = torch.as_tensor(t)
+        return (self.interval[0] < t) & (t <= self.interval[1]) & (self.weight != 1)
 
     def __call__(self, conditional, null):
         """x_0 + (W - 1) (x_0 - x_0 null) (Ho 2022; W=1 is none), its spread moved back towards x_0's (Lin 2023, eq. 15-16)."""
@@ -1282,7 +1310,7 @@ def make_denoise(net, process, mask=None, context=None, extra=None, dtype='fp32'
 
     mask (B,M,H,W), context (B,N,D) and extra (B,E) are the conditions of the B images. guidance mixes in x_0 space a second
     forward, of the null conditions. clip bounds x0_hat to the data's range. Both move eps_hat along, so that
-    alpha x0_hat + sigma eps_hat = x_t still holds. t: a number or 0-d tensor.
+    alpha x0_hat + sigma eps_hat = x_t still holds. t: a number, or one for each image (B,), on the CPU.
     """
 
     def forward(x_t, t, mask, context):
@@ -1290,15 +1318,16 @@ def make_denoise(net, process, mask=None, context=None, extra=None, dtype='fp32'
             return net(x_t if mask is None else torch.cat([x_t, mask], 1), process.net_time(t), context, extra).float()
 
     def denoise(x_t, t):
-        guided = guidance is not None and guidance.at(float(t))
+        at = guidance.at(t) if guidance else torch.tensor(False)
         t = torch.as_tensor(t, dtype=torch.float32, device=x_t.device).expand(len(x_t))
         a, s = like(process.alpha(t), x_t), like(process.sigma(t), x_t)
         x_0, eps = process.split(forward(x_t, t, mask, context), x_t, a, s)
-        if guided:
-            x_0 = guidance(x_0, process.split(forward(x_t, t, guidance.mask, guidance.context), x_t, a, s)[0])
+        if at.any():
+            guided = guidance(x_0, process.split(forward(x_t, t, guidance.mask, guidance.context), x_t, a, s)[0])
+            x_0 = guided if at.all() else torch.where(like(at.to(x_t.device), x_t), guided, x_0)
         if clip:
             x_0 = x_0.clamp(*process.range)
-        if guided or clip:
+        if at.any() or clip:
             eps = (x_t - a * x_0) / s
         return x_0, eps
 
@@ -1354,12 +1383,121 @@ def sample_heun(denoise, x, ts, process, noise=None, callback=None):
     return x
 
 
-SAMPLERS = {'ddpm': sample_ddpm, 'ddim': sample_ddim, 'euler': sample_euler, 'heun': sample_heun}
+def sample_dpmpp(denoise, x, ts, process, noise=None, callback=None, sde=False):
+    """DPM-Solver++(2M) (Lu 2022, 2211.01095, algorithm 2): second order from the step before. NFE = N.
+
+    Written with x - alpha x0_hat for sigma eps_hat, it needs no log-SNR but in the ratio of two steps. That ratio is 0 after
+    t=1, where RFlow's log-SNR is -inf; the last step, to sigma=0, is first order. sde: the same for its SDE (appendix B).
+    """
+    half = lambda t: float(process.log_snr(t, torch.float64)) / 2
+    before = None
+    for i, (t, u) in enumerate(zip(ts[:-1], ts[1:])):
+        x_0, _ = denoise(x, t)
+        if callback:
+            callback(i, float(t), x, x_0)
+        a, s, a_u, s_u, h = process.alpha(t), process.sigma(t), process.alpha(u), process.sigma(u), half(u) - half(t)
+        D = x_0 + (x_0 - before[0]) * (h / before[1] / 2) if before and u > 0 else x_0
+        if sde:
+            fade = math.exp(-h)
+            x = s_u / s * fade * x + a_u * -math.expm1(-2 * h) * D
+            if u > 0:
+                x = x + s_u * math.sqrt(-math.expm1(-2 * h)) * noise()
+        else:
+            x = a_u * D + s_u / s * (x - a * D)
+        before = x_0, h
+    return x
 
 
-def nfe(sampler, n):
-    """Network forwards for one image with n steps."""
-    return 2 * n - 1 if sampler == 'heun' else n
+def sample_dpmpp_sde(denoise, x, ts, process, noise=None, callback=None):
+    """DPM-Solver++(2M) for the SDE: fresh noise every step. NFE = N."""
+    return sample_dpmpp(denoise, x, ts, process, noise, callback, sde=True)
+
+
+def between(t, u, process):
+    """The time half way in log-SNR, which need not be on the training grid; None next to an infinite log-SNR."""
+    ends = process.log_snr(torch.stack([torch.as_tensor(t), torch.as_tensor(u)]), torch.float64)
+    return process.time_of(ends.mean()).float() if ends.isfinite().all() else None
+
+
+def sample_dpmpp_2s(denoise, x, ts, process, noise=None, callback=None):
+    """DPM-Solver++(2S) (Lu 2022, algorithm 1, r = 1/2): a first-order step to the middle, whose x0_hat makes the whole step.
+
+    The middles lie off the training grid. First order where a log-SNR is infinite: to t=0, and from RFlow's t=1.
+    """
+    for i, (t, u) in enumerate(zip(ts[:-1], ts[1:])):
+        x_0, _ = denoise(x, t)
+        if callback:
+            callback(i, float(t), x, x_0)
+        a, s, m = process.alpha(t), process.sigma(t), between(t, u, process)
+        if m is not None:
+            D, _ = denoise(process.alpha(m) * x_0 + process.sigma(m) / s * (x - a * x_0), m)
+        x_0 = x_0 if m is None else D
+        x = process.alpha(u) * x_0 + process.sigma(u) / s * (x - a * x_0)
+    return x
+
+
+PAIRS = {'bs23': 3, 'heun-euler': 2}           # order of the result; both estimate the error with one order less
+
+
+def sample_adaptive(denoise, x, ts, process, noise=None, callback=None, tol=0.01, pair='bs23', trace=None):
+    """RFlow's dx/dt = eps_hat - x0_hat from ts[0] to 0, with a step size that follows the error, each image its own.
+
+    Pairs: Bogacki-Shampine 3(2), whose last slope is the next first one (1 + 3 forwards a step), or Heun-Euler (2 a step). Error:
+    RMS over the image of the difference over tol (1 + |x|); PI controller with factors (0.4, 0.3) (Hairer, Solving ODEs I, II.4).
+    The times are off the training grid, but not below its first, from where the slope already there leads straight to 0.
+    trace: a list that gets (t, h, accepted), each (B,), of every step; h is 0 for an image that has arrived.
+    """
+    low, order = 1 / (process.steps or 1000), PAIRS[pair]
+
+    def slope(x, t):
+        x_0, eps = denoise(x, t)
+        return eps - x_0
+
+    t, i = torch.full((len(x),), float(ts[0]), dtype=torch.float64), 0
+    h, last, refused = torch.full_like(t, 0.05), torch.ones_like(t), torch.zeros_like(t, dtype=torch.bool)
+    k1 = slope(x, t)
+    while (t > low).any():
+        if callback:
+            callback(i, t.clone(), x, x - like(t.to(x), x) * k1)                             # x0_hat = x_t - t v
+        h = torch.minimum(h, t - low)
+        H = -like(h.to(x), x)                                                                # time runs down
+        if pair == 'bs23':
+            k2 = slope(x + H * k1 / 2, t - h / 2)
+            k3 = slope(x + H * k2 * 3 / 4, t - h * 3 / 4)
+            new = x + H * (2 * k1 + 3 * k2 + 4 * k3) / 9
+            k4 = slope(new, t - h)
+            coarse = x + H * (7 / 24 * k1 + k2 / 4 + k3 / 3 + k4 / 8)
+        else:
+            coarse = x + H * k1
+            new = x + H * (k1 + slope(coarse, t - h)) / 2
+        scale = tol * (1 + torch.maximum(x.abs(), new.abs()))
+        error = ((new - coarse) / scale).flatten(1).square().mean(1).sqrt().double().cpu().clamp(min=1e-10)
+        good = (error <= 1) & (t > low)
+        if trace is not None:
+            trace.append((t.clone(), h.clone(), good))
+        grow = (0.9 * error ** (-0.7 / order) * last ** (0.4 / order)).clamp(0.2, 10)
+        grow = torch.where(good, torch.where(refused, grow.clamp(max=1), grow), grow.clamp(max=0.9))
+        take = like(good.to(x.device), x)
+        x, t, last = torch.where(take, new, x), torch.where(good, (t - h).clamp(min=low), t), torch.where(good, error, last)
+        h, refused, i = h * grow, ~good, i + 1
+        if not (h[t > low] > 1e-5).all():
+            fail(f'--tol {tol:g}: the step size fell to nothing; the network\'s own noise is larger than that, use a larger one', 1)
+        if pair == 'bs23':
+            k1 = torch.where(take, k4, k1)
+        elif good.any():
+            k1 = slope(x, t)
+    return x - low * k1
+
+
+SAMPLERS = {'ddpm': sample_ddpm, 'ddim': sample_ddim, 'euler': sample_euler, 'heun': sample_heun, 'dpm++': sample_dpmpp,
+            'dpm++2s': sample_dpmpp_2s, 'dpm++sde': sample_dpmpp_sde, 'adaptive': sample_adaptive}
+
+
+def asked_times(sampler, ts, process):
+    """The times at which a sampler with a fixed grid asks the network: their number is the NFE, forwards for one image."""
+    steps = list(zip(ts[:-1], ts[1:]))
+    more = {'heun': lambda: ts[1:-1].tolist(), 'dpm++2s': lambda: [float(m) for m in (between(t, u, process) for t, u in steps) if m is not None]}
+    return [float(t) for t in ts[:-1]] + more.get(sampler, list)()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -39,6 +39,10 @@ def get_args(argv=None):
     g.add_argument('--steps', type=number(int, 1), help='solver steps of the image; none: 25 for RFlow, 50 for DDPM, all for ddpm')
     g.add_argument('--seg-steps', type=number(int, 1), help='solver steps of the mask; none: 25 for RFlow, 50 for DDPM')
     g.add_argument('--eta', type=number(float, 0, 1), default=0.0, help='noise of ddim, 1 = ancestral')
+    g.add_argument('--grid', choices=('time', 'log-snr'), default='time', help='equal steps of t or of log-SNR')
+    g.add_argument('--shift', type=number(float, 0, open_low=True), default=1.0, help='t -> A t / (1 + (A - 1) t); A < 1: large steps early, small at the end')
+    g.add_argument('--tol', type=number(float, 0, open_low=True), help='error that adaptive allows a step; none: 0.01')
+    g.add_argument('--pair', choices=tuple(PAIRS), help='of adaptive; none: bs23')
     g.add_argument('--clip', action=argparse.BooleanOptionalAction, help='bound x0_hat to the data\'s range; none: for DDPM only')
     g.add_argument('--weights', choices=('ema', 'raw'), default='ema')
     g.add_argument('--save-at', type=numbers(float, 0, 1), help='also keep x_t and x0_hat at these times, as 1,.5,.1,0')
@@ -56,6 +60,12 @@ def get_args(argv=None):
         fail(f'masks come from one place: give one of --seg, --data, --masks (got {", ".join(sources) or "none"})')
     if not args.bravo and not args.seg:
         fail(f'{sources[0]} alone makes nothing new; add --bravo RUN')
+    for name in ('tol', 'pair'):
+        if getattr(args, name) is not None and args.sampler != 'adaptive':
+            fail(f'--{name} {getattr(args, name)}: is for --sampler adaptive')
+    for name, low in (('steps', None), ('seg_steps', None), ('save_at', None), ('grid', 'time'), ('shift', 1.0)):
+        if args.sampler == 'adaptive' and getattr(args, name) != low:
+            fail(f'--{name.replace("_", "-")}: --sampler adaptive chooses its own times; leave it away')
     for name, wanted in (('part', 'data'), ('split', 'data'), ('empty_slices', 'data'), ('seg_steps', 'seg')):
         if getattr(args, name) is not None and not getattr(args, wanted):
             fail(f'--{name.replace("_", "-")} {getattr(args, name)}: does nothing without --{wanted}')
@@ -97,7 +107,9 @@ def solver(run, args, steps):
     name = args.sampler or ('euler' if run.args.rflow else 'ddim')
     if steps is None:
         steps = min((25 if run.args.rflow else run.args.steps if name == 'ddpm' else 50), run.args.steps or 25)
-    return name, run.process.times(steps), not run.args.rflow if args.clip is None else args.clip
+    if name == 'adaptive' and not run.args.rflow:
+        fail(f'--sampler adaptive: is for RFlow; {run.path} is DDPM, use dpm++ or ddim')
+    return name, run.process.times(steps, args.grid, args.shift), not run.args.rflow if args.clip is None else args.clip
 
 
 def read_requests(args, run):
@@ -131,9 +143,9 @@ def read_requests(args, run):
     return out
 
 
-def draw(run, args, numbers_, what, steps, mask=None, level=None, callback=None, requests=None):
+def draw(run, args, numbers_, what, steps, mask=None, level=None, callback=None, requests=None, trace=None):
     """x_0 (B,1,S,S) in [-1,1] for the images of these numbers. Each has a generator of its own, so that its noise is the
-    same bits whatever shares its batch."""
+    same bits whatever shares its batch. trace: gets the steps of --sampler adaptive."""
     name, ts, clip = solver(run, args, steps)
     device, weight = next(run.net.parameters()).device, args.cfg if what == 'image' else args.seg_cfg
     sources = [generator(args.seed, what, i) for i in numbers_]
@@ -145,7 +157,7 @@ def draw(run, args, numbers_, what, steps, mask=None, level=None, callback=None,
     guidance = None if weight == 1 else Guidance(weight, args.cfg_interval, args.cfg_rescale, None if mask is None else torch.zeros_like(mask),
                                                  lesion_tokens(null).to(device) if run.args.controllable else None)
     denoise = make_denoise(run.model, run.process, mask, context, extra, args.dtype, clip, guidance)
-    more = {'eta': args.eta} if name == 'ddim' else {}
+    more = {'ddim': dict(eta=args.eta), 'adaptive': dict(tol=args.tol or 0.01, pair=args.pair or 'bs23', trace=trace)}.get(name, {})
     return run.process.from_range(SAMPLERS[name](denoise, noise(), ts, run.process, noise, callback, **more))
 
 
@@ -245,6 +257,23 @@ def keep_steps(wanted, ts, store):
     return callback
 
 
+def plot_steps(path, traces, args, guidance):
+    """Step size against t of up to 8 images of this process, refused steps as points; prints what an image cost."""
+    forwards, curves, spots = [], {}, ([], [])
+    for t, h, good in traces:
+        for b in range(t.shape[1]):
+            there = h[:, b] > 0
+            asks = 3 if args.pair != 'heun-euler' else 2
+            doubled = 1 + guidance.at(t[there, b]).double().mean().item()                             # guided steps ask twice
+            forwards.append((asks * int(there.sum()) + 1) * doubled)
+            if len(curves) < 8:
+                kept, refused = there & good[:, b], there & ~good[:, b]
+                curves[f'image {len(curves)}'] = (t[kept, b].tolist(), h[kept, b].tolist())
+                spots[0].extend(t[refused, b].tolist()), spots[1].extend(h[refused, b].tolist())
+    plot(path, {**curves, **({'.refused': spots} if spots[0] else {})}, f'step size, {args.pair or "bs23"}, tol {args.tol or 0.01:g}', 't', 'h', logy=True)
+    print0(f'adaptive: {np.mean(forwards):.1f} forwards an image ({min(forwards):.0f} to {max(forwards):.0f}); look at {path}')
+
+
 @torch.no_grad()
 def main(args):
     # models and masks
@@ -272,11 +301,15 @@ def main(args):
     if args.save_at:
         keep_steps(args.save_at, ts, [])                                         # fails now, not after the first batch
     done = open_set(args, runs)
-    weight = args.cfg if args.bravo else args.seg_cfg
-    asked_at = [*ts[:-1].tolist(), *(ts[1:-1].tolist() if name == 'heun' else ())]
-    forwards = len(asked_at) + sum(Guidance(weight, args.cfg_interval).at(t) for t in asked_at)
+    guidance = Guidance(args.cfg if args.bravo else args.seg_cfg, args.cfg_interval)
+    asked = asked_times(name, ts, main_run.process)
+    told = f'{name} with {len(ts) - 1} steps = {len(asked) + sum(guidance.at(t).item() for t in asked)} forwards an image'
+    if name == 'dpm++2s':
+        told += ', some at times that the network was not trained on'
+    if name == 'adaptive':
+        told, traces = f'adaptive, {args.pair or "bs23"}, at times that the network was not trained on', []
     todo = [i for i in range(args.n) if i not in done][rank()::world()]
-    print0(f'{out}: {args.n} patients, {len(done)} there already; {name} with {len(ts) - 1} steps = {forwards} forwards an image')
+    print0(f'{out}: {args.n} patients, {len(done)} there already; {told}')
 
     # batch by batch, image by image to disk
     stop, clock, made = Stop(), time.perf_counter(), 0
@@ -299,7 +332,10 @@ def main(args):
         images, steps = None, []
         if args.bravo:
             callback = keep_steps(args.save_at, ts, steps) if args.save_at else None
-            images = draw(main_run, args, ids, 'image', args.steps, mask, level, callback).clamp(-1, 1).cpu().numpy()[:, 0]
+            trace = []
+            images = draw(main_run, args, ids, 'image', args.steps, mask, level, callback, None, trace).clamp(-1, 1).cpu().numpy()[:, 0]
+            if name == 'adaptive':
+                traces.append([torch.stack(v) for v in zip(*trace)])
         mask = mask.cpu().numpy()[:, 0]
         for j, i in enumerate(ids):
             source, condition, spacing = about[j]
@@ -334,6 +370,8 @@ def main(args):
         pairs = [(x, outline(x, y, zoom=zoom)) for x, y in zip(a, m)]
         save_grid(out / 'grid.png', [[p[k] for p in pairs[r:r + 8]] for r in range(0, len(pairs), 8) for k in (0, 1)], None, zoom)
         empty = sum(int(r[6]) == 0 for r in rows)
+        if name == 'adaptive' and args.bravo and made:
+            plot_steps(out / 'steps.png', traces, args, guidance)
         rate = f'{made * world() / seconds:.2f} images/s, ' if made else ''
         print0(f'{out}: {len(rows)} patients ({rate}{empty} without tumour); look at {out}/grid.png')
     barrier()

@@ -176,6 +176,12 @@ SAMPLE = [
     ('--seg {trained}/seg --out {files}/notes.txt', '--out notes.txt folder'),
     ('--seg {trained}/seg --seg-step 3', '--seg-step --help'),
     ('--seg {trained}/seg --part test', '--part test without --data'),
+    ('--bravo {trained}/ddpm --data {phantom} --sampler adaptive', '--sampler adaptive RFlow dpm++'),
+    ('--bravo {trained}/bravo --data {phantom} --sampler adaptive --steps 5', '--steps adaptive'),
+    ('--bravo {trained}/bravo --data {phantom} --sampler adaptive --shift 2', '--shift adaptive'),
+    ('--bravo {trained}/bravo --data {phantom} --sampler euler --tol 0.1', '--tol 0.1 adaptive'),
+    ('--bravo {trained}/bravo --data {phantom} --pair bs23', '--pair bs23 adaptive'),
+    ('--bravo {trained}/bravo --data {phantom} --shift 0', "--shift '0' above 0"),
     ('--seg {trained}/seg --empty-slices 0', '--empty-slices 0.0 without --data'),
     ('--bravo {trained}/bravo --data {phantom} --seg-steps 3', '--seg-steps 3 without --seg'),
 ]

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from common import DDPM, SAMPLERS, RFlow, generator, make_denoise, nfe, sample_ddim, sample_euler, sample_heun
+from common import (DDPM, PAIRS, SAMPLERS, RFlow, asked_times, generator, make_denoise, sample_adaptive, sample_ddim, sample_dpmpp,
+                    sample_dpmpp_2s, sample_dpmpp_sde, sample_euler, sample_heun)
 
 M, S = 0.3, 0.5
 EVERY = [RFlow(), RFlow(100), *(DDPM(1000, s, t) for s in ('linear', 'cosine') for t in ('eps', 'v', 'x0'))]
@@ -147,6 +148,122 @@ def test_orders(process):
     assert abs(slope(sample_heun, process, 1e-3, 0.999) - 2) < 0.06
 
 
+@pytest.mark.parametrize('process', [RFlow(), DDPM(1000, 'cosine'), DDPM(1000, 'linear')], ids=['rflow', 'cosine', 'linear'])
+def test_orders_of_dpm_solver(process):
+    """DPM-Solver++ 2M and 2S are second order, also on the whole way from t=1 to 0 with its first-order ends."""
+    assert abs(slope(sample_dpmpp, process, 1e-3, 0.999) - 2) < 0.15
+    assert abs(slope(sample_dpmpp_2s, process, 1e-3, 0.999) - 2) < 0.06
+    z = torch.randn(256, 1, 1, 1, dtype=torch.float64, generator=generator('z'))
+    for sample in (sample_dpmpp, sample_dpmpp_2s):
+        ends = [sample(oracle(process), exact(process, z, torch.tensor(1.0)), process_times(process, n), process) for n in (10, 40)]
+        errors = [float((x - exact(process, z, torch.tensor(0.0))).square().mean().sqrt()) for x in ends]
+        euler = sample_euler(oracle(process), exact(process, z, torch.tensor(1.0)), process_times(process, 40), process)
+        assert errors[1] < errors[0] / 4 and errors[1] < 0.3 * float((euler - exact(process, z, torch.tensor(0.0))).square().mean().sqrt())
+
+
+def process_times(process, n):
+    """n times uniform in log-SNR without snapping, so that orders show."""
+    return type(process).times(process if isinstance(process, RFlow) else Free(process), n, 'log-snr')
+
+
+class Free:
+    """A DDPM whose times are not snapped to its grid."""
+
+    def __init__(self, process):
+        self.log_snr, self.time_of, self.steps = process.log_snr, process.time_of, 0
+
+
+@pytest.mark.parametrize('process', EVERY, ids=NAMES)
+def test_time_of(process):
+    """The inverse of log_snr, between grid times and below the first too."""
+    t = torch.cat([torch.linspace(1e-5, 0.999, 2001, dtype=torch.float64), torch.tensor([1e-4, 0.5, 0.0101])])
+    torch.testing.assert_close(process.time_of(process.log_snr(t, torch.float64)), t, rtol=1e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize('process', EVERY, ids=NAMES)
+@pytest.mark.parametrize('n', [1, 2, 5, 25, 100])
+def test_grids_and_shift(process, n):
+    """Every grid falls strictly from 1 to 0, on trained times where there is a grid; shifts compose; log-SNR steps are equal."""
+    for grid in ('time', 'log-snr'):
+        for shift in (0.2, 1.0, 3.0):
+            ts = process.times(n, grid, shift)
+            assert len(ts) == n + 1 and ts[0] == 1 and ts[-1] == 0 and (ts.diff() < 0).all()
+            if process.steps:
+                torch.testing.assert_close(ts * process.steps, (ts * process.steps).round(), rtol=0, atol=1e-4)
+    assert torch.equal(process.times(n), process.times(n, 'time', 1.0))
+    if not process.steps and n > 2:
+        L = process.log_snr(process.times(n, 'log-snr')[1:-1], torch.float64).diff()
+        assert (L - L.mean()).abs().max() < 0.01 * L.mean()                                    # fp32 times
+        twice = 2 * (3 * (ts := process.times(n)) / (1 + 2 * ts)) / (1 + 3 * ts / (1 + 2 * ts))
+        torch.testing.assert_close(twice, process.times(n, shift=6.0))
+        early = process.times(n, shift=0.2).diff()
+        assert (early.diff() > 0).all()                                                      # large steps first
+
+
+def test_dpm_solver_sde_is_ddim_with_eta_one():
+    """One step of the SDE solver has the coefficients of DDIM with eta = 1; its marginal is the data's."""
+    for process in (RFlow(), DDPM(1000, 'cosine')):
+        ts, x = torch.tensor([0.7, 0.4]), torch.randn(64, 1, 1, 1, dtype=torch.float64, generator=generator('x'))
+        z = torch.randn(64, 1, 1, 1, dtype=torch.float64, generator=generator('z'))
+        a, b = (f(oracle(process), x, ts, process, lambda: z) for f in (sample_dpmpp_sde, lambda *v: sample_ddim(*v, eta=1.0)))
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-6)
+        g = generator('sde')
+        noise = lambda: torch.randn(20_000, 1, 1, 1, generator=g, dtype=torch.float64)
+        x = sample_dpmpp_sde(oracle(process), noise(), process_times(process, 100), process, noise)
+        assert abs(float(x.mean()) - M) < 0.02 and abs(float(x.std()) - S) < 0.015
+
+
+def velocity_oracle(scale):
+    """denoise() for N(M, scale^2) that takes a time for each image and counts its calls."""
+    calls = []
+
+    def denoise(x, t):
+        calls.append(t)
+        t = torch.as_tensor(t).double().reshape(-1, 1, 1, 1)
+        a, s = 1 - t, t
+        x_0 = (a * scale ** 2 * x + s ** 2 * M) / (a ** 2 * scale ** 2 + s ** 2)
+        return x_0, (x - a * x_0) / s
+    return denoise, calls
+
+
+@pytest.mark.parametrize('pair', PAIRS)
+def test_adaptive(pair):
+    """The error follows the tolerance; times end at 0 exactly; forwards are counted; a straight flow takes the largest steps."""
+    z = torch.randn(8, 1, 4, 4, dtype=torch.float64, generator=generator('z'))
+    errors, costs = [], []
+    for tol in (1e-1, 1e-2, 1e-3, 1e-4):
+        (denoise, calls), trace = velocity_oracle(S), []
+        x = sample_adaptive(denoise, z, [1.0, 0.0], RFlow(), tol=tol, pair=pair, trace=trace)
+        errors.append(float((x - (M + S * z)).square().mean().sqrt()))
+        t, h, good = (torch.stack(v) for v in zip(*trace))
+        steps = len(trace)
+        kept = good.any(1).sum().item()
+        assert len(calls) == (1 + 3 * steps if pair == 'bs23' else 1 + steps + kept)
+        assert ((h * good).sum(0) - 0.999).abs().max() < 1e-9                                     # accepted steps cover the way
+        costs.append(len(calls))
+    assert errors == sorted(errors, reverse=True) and errors[2] < 3e-3 and costs == sorted(costs)
+    denoise, calls = velocity_oracle(1e-9)                                                    # one point: straight lines
+    x = sample_adaptive(denoise, z, [1.0, 0.0], RFlow(), tol=1e-3, pair=pair)
+    assert (x - M).abs().max() < 1e-6 and len(calls) <= 16
+
+
+@pytest.mark.parametrize('pair', PAIRS)
+def test_adaptive_images_are_alone(pair):
+    """An image's path is the same bits whatever shares its batch; batch-mates may need more steps."""
+    z = torch.randn(3, 1, 4, 4, dtype=torch.float64, generator=generator('z')) * torch.tensor([0.1, 1, 30]).reshape(3, 1, 1, 1)
+    run = lambda z: sample_adaptive(velocity_oracle(0.05)[0], z, [1.0, 0.0], RFlow(), tol=1e-3, pair=pair)
+    together = run(z)
+    for i in range(3):
+        assert torch.equal(run(z[i:i + 1]), together[i:i + 1])
+
+
+def test_adaptive_gives_up_on_noise():
+    """A network that contradicts itself ends the run with one line instead of turning for ever."""
+    g = generator('noise')
+    with pytest.raises(SystemExit):
+        sample_adaptive(lambda x, t: (torch.randn(x.shape, generator=g), torch.randn(x.shape, generator=g)), torch.randn(2, 1, 4, 4), [1.0, 0.0], RFlow(), tol=1e-6)
+
+
 def test_euler_shrinks_as_known():
     """N Euler steps of RFlow from N(0,1) data end with a standard deviation of 0.5, 0.720, 0.851, 0.923 for N = 2, 4, 8, 16."""
     z, process = torch.ones(1, 1, 1, 1, dtype=torch.float64), RFlow()
@@ -160,17 +277,20 @@ def test_euler_shrinks_as_known():
         assert abs(float(x) - known) < 6e-4
 
 
-@pytest.mark.parametrize('name', SAMPLERS)
+@pytest.mark.parametrize('name', [n for n in SAMPLERS if n != 'adaptive'])
 @pytest.mark.parametrize('process', EVERY, ids=NAMES)
 def test_samplers(name, process):
-    """Data that is one point is hit exactly; the number of forwards is nfe(); the callback sees every step; the grid holds."""
+    """Data that is one point is hit exactly; the times asked for are asked_times; the callback sees every step."""
     x_0 = torch.linspace(-1, 1, 16).reshape(1, 1, 4, 4)
     net, seen, g = Perfect(process, x_0), [], generator('s', name)
     noise = lambda: torch.randn(3, 1, 4, 4, generator=g)
     ts = process.times(10)
     x = SAMPLERS[name](make_denoise(net, process), noise(), ts, process, noise, lambda i, t, x_t, x0: seen.append((i, t)))
     torch.testing.assert_close(x, x_0.expand(3, -1, -1, -1), rtol=0, atol=2e-5)
-    assert len(net.times) == nfe(name, 10) and seen == [(i, float(t)) for i, t in enumerate(ts[:-1])]
+    asked = sorted(float(t[0]) + (1 / process.steps if isinstance(process, DDPM) else 0) for t in net.times)
+    torch.testing.assert_close(torch.tensor(asked), torch.tensor(sorted(asked_times(name, ts, process))), rtol=0, atol=1e-6)
+    extra = {'heun': 9, 'dpm++2s': 9 - isinstance(process, RFlow)}.get(name, 0)            # all but the last step, and from t=1
+    assert len(asked) == 10 + extra and seen == [(i, float(t)) for i, t in enumerate(ts[:-1])]
 
 
 def test_targets_give_the_same_trajectory():

@@ -64,7 +64,8 @@ def test_masks_of_a_folder(make, runs):
 
 
 @pytest.mark.parametrize('flags', [['--sampler', 'ddpm', '--steps', 10], ['--sampler', 'ddim', '--eta', 0.5, '--steps', 5], ['--sampler', 'heun', '--steps', 4],
-                                   ['--sampler', 'euler', '--steps', 50], ['--clip', '--steps', 3], ['--no-clip', '--steps', 3],
+                                   ['--sampler', 'euler', '--steps', 50], ['--sampler', 'dpm++', '--grid', 'log-snr', '--steps', 6],
+                                   ['--sampler', 'dpm++2s', '--steps', 3], ['--sampler', 'dpm++sde', '--shift', 0.5, '--steps', 4], ['--clip', '--steps', 3], ['--no-clip', '--steps', 3],
                                    ['--weights', 'raw', '--steps', 3], ['--seed', 5, '--steps', 3], ['--dtype', 'bf16', '--steps', 3]], ids=str)
 @pytest.mark.parametrize('kind', ['bravo', 'ddpm'])
 def test_solvers(make, runs, phantom, kind, flags):
@@ -74,6 +75,18 @@ def test_solvers(make, runs, phantom, kind, flags):
     assert all(np.isfinite(i).all() and np.abs(i).max() <= 1 for i in images)
     if flags[0] == '--sampler':
         assert rows[0]['sampler'] == flags[1] and rows[0]['steps'] == str(flags[-1])
+
+
+@pytest.mark.parametrize('flags', [[], ['--tol', 0.1, '--pair', 'heun-euler']], ids=str)
+def test_adaptive(make, runs, phantom, flags, capsys):
+    """The adaptive solver leaves its picture and says what it cost; an image does not depend on its batch."""
+    out, rows = make('a', '--data', phantom, '--bravo', runs / 'bravo', '--sampler', 'adaptive', *flags)
+    said = capsys.readouterr().out
+    assert 'forwards an image' in said and 'not trained on' in said and (out / 'steps.png').stat().st_size > 1000
+    alone, _ = make('b', '--data', phantom, '--bravo', runs / 'bravo', '--sampler', 'adaptive', *flags, '--batch-size', 1)
+    for r in rows:
+        a, b = (read_nifti(o / r['folder'] / 'bravo.nii.gz')[0] for o in (out, alone))
+        assert np.abs(a - b).max() < 1e-3
 
 
 def test_save_at(make, runs, phantom):
