@@ -41,6 +41,8 @@ def get_args(argv=None):
     g.add_argument('--eta', type=number(float, 0, 1), default=0.0, help='noise of ddim, 1 = ancestral')
     g.add_argument('--grid', choices=('time', 'log-snr'), default='time', help='equal steps of t or of log-SNR')
     g.add_argument('--shift', type=number(float, 0, open_low=True), default=1.0, help='t -> A t / (1 + (A - 1) t); A < 1: large steps early, small at the end')
+    g.add_argument('--learn-steps', type=number(int, 1), metavar='N', help='make no set: find the best N steps of Euler for this model, write steps.json')
+    g.add_argument('--steps-file', metavar='FILE', help='solver times of the image that --learn-steps wrote, instead of --steps')
     g.add_argument('--tol', type=number(float, 0, open_low=True), help='error that adaptive allows a step; none: 0.01')
     g.add_argument('--pair', choices=tuple(PAIRS), help='of adaptive; none: bs23')
     g.add_argument('--clip', action=argparse.BooleanOptionalAction, help='bound x0_hat to the data\'s range; none: for DDPM only')
@@ -60,6 +62,14 @@ def get_args(argv=None):
         fail(f'masks come from one place: give one of --seg, --data, --masks (got {", ".join(sources) or "none"})')
     if not args.bravo and not args.seg:
         fail(f'{sources[0]} alone makes nothing new; add --bravo RUN')
+    if args.steps_file and (args.steps or args.grid != 'time' or args.shift != 1 or args.sampler == 'adaptive' or args.learn_steps):
+        fail('--steps-file holds the times; leave --steps, --grid, --shift, --learn-steps and --sampler adaptive away')
+    if args.steps_file and not Path(args.steps_file).is_file():
+        fail(f'--steps-file {args.steps_file}: no such file; write one with --learn-steps N')
+    if (args.steps_file or args.learn_steps) and not args.bravo:
+        fail('--learn-steps and --steps-file are for the steps of an image; add --bravo RUN')
+    if args.learn_steps and (args.sampler or args.steps or args.eta or args.save_at):
+        fail('--learn-steps: walks every trained time with Euler; leave --sampler, --steps, --eta and --save-at away')
     for name in ('tol', 'pair'):
         if getattr(args, name) is not None and args.sampler != 'adaptive':
             fail(f'--{name} {getattr(args, name)}: is for --sampler adaptive')
@@ -109,7 +119,79 @@ def solver(run, args, steps):
         steps = min((25 if run.args.rflow else run.args.steps if name == 'ddpm' else 50), run.args.steps or 25)
     if name == 'adaptive' and not run.args.rflow:
         fail(f'--sampler adaptive: is for RFlow; {run.path} is DDPM, use dpm++ or ddim')
-    return name, run.process.times(steps, args.grid, args.shift), not run.args.rflow if args.clip is None else args.clip
+    ts = run.process.times(steps, args.grid, args.shift)
+    if args.steps_file and run.args.script == 'bravo':
+        ts = read_steps(args, run)
+    return name, ts, not run.args.rflow if args.clip is None else args.clip
+
+
+def jump_costs(states, x_0s, ts, process):
+    """C[i,j]: error of one Euler jump from ts[i] to ts[j], j > i, against the fine walk (Chen 2024, GITS, 2405.11326).
+
+    states, x_0s (M+1,B,...), (M,B,...) of a walk over ts (M+1). Root mean square over an image, mean over images; inf for j <= i.
+    """
+    a, s = process.alpha(ts).tolist(), process.sigma(ts).tolist()
+    cost = torch.full((len(ts), len(ts)), math.inf, dtype=torch.float64)
+    for i in range(len(ts) - 1):
+        eps = (states[i] - a[i] * x_0s[i]) / s[i]
+        for j in range(i + 1, len(ts)):
+            cost[i, j] = (a[j] * x_0s[i] + s[j] * eps - states[j]).flatten(1).square().mean(1).sqrt().mean()
+    return cost
+
+
+def best_steps(cost, n):
+    """The cheapest way 0 = i_0 < i_1 < ... < i_n = M by dynamic programming, exactly: indices, summed cost."""
+    M = len(cost) - 1
+    value, before = torch.full((M + 1,), math.inf, dtype=torch.float64), []
+    value[0] = 0
+    for _ in range(n):
+        value, last = (value[:, None] + cost).min(0)
+        before.append(last)
+    path = [M]
+    for last in reversed(before):
+        path.append(int(last[path[-1]]))
+    return path[::-1], float(value[M])
+
+
+def learn_steps(run, args, draw_with, out):
+    """Walks the finest grid with 64 images, finds the best N of its times, writes steps.json and a plot."""
+    ts = run.process.times(min(run.args.steps or 100, 100))
+    if args.learn_steps > len(ts) - 1:
+        fail(f'--learn-steps {args.learn_steps}: the walk has {len(ts) - 1} steps to choose from')
+    states, x_0s = [], []
+
+    def callback(i, t, x_t, x_0):
+        states.append(x_t), x_0s.append(x_0)
+
+    end = draw_with(callback, len(ts) - 1)
+    cost = jump_costs([*states, run.process.to_range(end)], x_0s, ts, run.process)
+    path, total = best_steps(cost, args.learn_steps)
+    plain_path = [round(i * (len(ts) - 1) / args.learn_steps) for i in range(args.learn_steps + 1)]
+    uniform = sum(float(cost[i, j]) for i, j in zip(plain_path, plain_path[1:]))
+    times = [float(ts[i]) for i in path]
+    out.mkdir(parents=True, exist_ok=True)
+    atomic_write(out / 'steps.json', json.dumps(dict(times=times, cost=total, cost_of_equal_steps=uniform, grid=[float(t) for t in ts], run=run.hash,
+                                                     cfg=args.cfg, cfg_interval=list(args.cfg_interval), cfg_rescale=args.cfg_rescale), indent=1).encode())
+    n = range(args.learn_steps + 1)
+    plot(out / 'steps.png', {f'learned, cost {total:.3f}': (n, times), f'equal steps, {uniform:.3f}': (n, [float(ts[i]) for i in plain_path])},
+         f'{args.learn_steps} steps of {run.path}', 'step', 't')
+    print0(f'{out}/steps.json: {args.learn_steps} steps, summed cost of the jumps {total:.4f} (equal steps {uniform:.4f}); use with --steps-file; '
+           f'look at {out}/steps.png')
+
+
+def read_steps(args, run):
+    """Solver times from a file of --learn-steps. Fails when they are no falling times; says when they are another model's."""
+    try:
+        told = json.loads(Path(args.steps_file).read_text())
+        ts = torch.tensor(told['times'], dtype=torch.float32)
+        good = ts.ndim == 1 and len(ts) > 1 and ts[0] == 1 and ts[-1] == 0 and bool((ts.diff() < 0).all())
+    except (ValueError, KeyError, TypeError):
+        good = False
+    if not good:
+        fail(f'--steps-file {args.steps_file}: expected a JSON with "times" that fall from 1 to 0, as --learn-steps writes it')
+    if told.get('run') != run.hash or told.get('cfg') != args.cfg:
+        print0(f'note: {args.steps_file} was learned for run {told.get("run")} with --cfg {told.get("cfg")}; this is {run.hash} with {args.cfg:g}')
+    return ts
 
 
 def read_requests(args, run):
@@ -300,6 +382,24 @@ def main(args):
     name, ts, _ = solver(main_run, args, args.steps if args.bravo else args.seg_steps)
     if args.save_at:
         keep_steps(args.save_at, ts, [])                                         # fails now, not after the first batch
+
+    def conditions(ids):
+        """Of the images of these numbers: masks (B,1,S,S) of 0 and 1, levels (B,), and (source patient, condition, spacing) of each."""
+        if not args.seg:
+            picked = [masks[i] for i in ids]
+            mask = torch.from_numpy(np.stack([p[0] for p in picked])).float()[:, None].to(device)
+            return mask, torch.tensor([p[1] for p in picked]), [p[2:] for p in picked]
+        level = torch.tensor([masks.level(i) for i in ids])
+        asked = [requests[i % len(requests)] for i in ids] if requests else None
+        drawn = draw(runs['seg'], args, ids, 'mask', args.seg_steps, level=level, requests=asked)
+        told = [f'seg:{runs["seg"].hash}' + (f' request {i % len(requests)}: {len(r)} lesions' if asked else '') for i, r in zip(ids, asked or ids)]
+        return (drawn > 0).float(), level, [('', t, runs['seg'].spacing) for t in told]
+
+    if args.learn_steps:
+        ids = list(range(64))
+        mask, level, _ = conditions(ids)
+        args.sampler = 'euler'
+        return learn_steps(main_run, args, lambda callback, n: draw(main_run, args, ids, 'image', n, mask, level, callback), out)
     done = open_set(args, runs)
     guidance = Guidance(args.cfg if args.bravo else args.seg_cfg, args.cfg_interval)
     asked = asked_times(name, ts, main_run.process)
@@ -317,18 +417,7 @@ def main(args):
     bar = progress(total=len(todo), unit='image')
     for k in range(0, len(todo), args.batch_size):
         ids = todo[k:k + args.batch_size]
-        if args.seg:
-            level = torch.tensor([masks.level(i) for i in ids])
-            asked = [requests[i % len(requests)] for i in ids] if requests else None
-            drawn = draw(runs['seg'], args, ids, 'mask', args.seg_steps, level=level, requests=asked)
-            mask = (drawn > 0).float()
-            about = [('', f'seg:{runs["seg"].hash}' + (f' request {i % len(requests)}: {len(requests[i % len(requests)])} lesions' if requests else ''),
-                      runs['seg'].spacing) for i in ids]
-        else:
-            picked = [masks[i] for i in ids]
-            level = torch.tensor([p[1] for p in picked])
-            mask = torch.from_numpy(np.stack([p[0] for p in picked])).float()[:, None].to(device)
-            about = [p[2:] for p in picked]
+        mask, level, about = conditions(ids)
         images, steps = None, []
         if args.bravo:
             callback = keep_steps(args.save_at, ts, steps) if args.save_at else None

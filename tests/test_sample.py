@@ -1,5 +1,8 @@
 """sample.py: every flag once, what it leaves on disk, and that it says who an image was made from."""
 import csv
+import itertools
+import json
+import math
 
 import numpy as np
 import pytest
@@ -87,6 +90,57 @@ def test_adaptive(make, runs, phantom, flags, capsys):
     for r in rows:
         a, b = (read_nifti(o / r['folder'] / 'bravo.nii.gz')[0] for o in (out, alone))
         assert np.abs(a - b).max() < 1e-3
+
+
+def test_learned_steps_are_the_best():
+    """Dynamic programming finds what brute force finds; equal costs tie; the ends are fixed."""
+    for seed in range(20):
+        cost = torch.rand(9, 9, dtype=torch.float64, generator=common.generator('cost', seed))
+        cost[torch.tril_indices(9, 9).unbind()] = math.inf
+        for n in (1, 2, 3, 4, 8):
+            path, total = sample.best_steps(cost, n)
+            every = [[0, *middle, 8] for middle in itertools.combinations(range(1, 8), n - 1)]
+            price = lambda p: sum(float(cost[i, j]) for i, j in zip(p, p[1:]))
+            assert abs(total - min(map(price, every))) < 1e-12 and abs(price(path) - total) < 1e-12
+            assert len(path) == n + 1 and path[0] == 0 and path[-1] == 8 and path == sorted(set(path))
+
+
+def test_jump_costs():
+    """0 on a straight flow; on a curved one the learned times beat equal steps at the same number of forwards."""
+    def walk(scale, n=100):
+        def denoise(x, t):
+            a, s = 1 - t.double(), t.double()
+            x_0 = (a * scale ** 2 * x + s ** 2 * 0.3) / (a ** 2 * scale ** 2 + s ** 2)
+            return x_0, (x - a * x_0) / s
+        states, x_0s, process, ts = [], [], common.RFlow(), common.RFlow().times(n)
+        z = torch.randn(50, 1, 4, 4, dtype=torch.float64, generator=common.generator('walk'))
+        end = common.sample_euler(denoise, z, ts, process, None, lambda i, t, x, x_0: (states.append(x), x_0s.append(x_0)))
+        return denoise, z, ts, process, end, sample.jump_costs([*states, end], x_0s, ts, process)
+
+    cost = walk(1e-8)[-1]
+    assert cost[torch.triu_indices(101, 101, 1).unbind()].max() < 1e-5 and cost[3, 3] == cost[5, 2] == math.inf
+    denoise, z, ts, process, end, cost = walk(0.1)
+    assert all(cost[i, i + 1] < 1e-6 for i in range(100)) and cost[0, 50] < cost[0, 99]
+    for n in (3, 5, 8):
+        path, total = sample.best_steps(cost, n)
+        errors = [float((common.sample_euler(denoise, z, t, process) - end).square().mean().sqrt()) for t in (ts[path], process.times(n))]
+        assert errors[0] < 0.9 * errors[1], (n, errors)
+
+
+def test_learn_steps(make, runs, phantom, tmp_path, capsys):
+    """Writes times, costs and a picture, no patients; the file is taken, and refused when it is none."""
+    source = ['--data', phantom, '--bravo', runs / 'bravo', '--cache', runs / 'cache']
+    sample.main(sample.get_args([*map(str, source), '--out', str(tmp_path / 'learned'), '--learn-steps', '4']))
+    told = json.loads((tmp_path / 'learned/steps.json').read_text())
+    assert sorted(f.name for f in (tmp_path / 'learned').iterdir()) == ['steps.json', 'steps.png']
+    assert len(told['times']) == 5 and told['cost'] <= told['cost_of_equal_steps'] and told['run'] == common.load_run(runs / 'bravo').hash
+    _, rows = make('used', *source[:4], '--steps-file', tmp_path / 'learned/steps.json', '--sampler', 'dpm++')
+    assert {r['steps'] for r in rows} == {'4'} and {r['sampler'] for r in rows} == {'dpm++'}
+    for bad in ('{}', '[', '{"times": [1, 0.2, 0.5, 0]}', '{"times": "x"}'):
+        (tmp_path / 'bad.json').write_text(bad)
+        with pytest.raises(SystemExit) as e:
+            make('bad', *source[:4], '--steps-file', tmp_path / 'bad.json')
+        assert e.value.code == 2 and '--learn-steps' in capsys.readouterr().err
 
 
 def test_save_at(make, runs, phantom):
