@@ -3,6 +3,7 @@
   python sample.py --seg runs/seg --bravo runs/bravo --n 16            new masks, new images
   python sample.py --data DIR --part train --bravo runs/bravo --n 100  masks of real training patients, new images
   python sample.py --masks runs/masks --bravo runs/bravo --n 15000     masks that an earlier call made (--seg alone)
+  python sample.py --data DIR --bravo runs/bravo --n 4096 --pairs --out runs/pairs   noise and image, for train_bravo.py --reflow
   python sample.py --seg runs/seg --count 3 --size 8 --location 0.6,0.4   masks as asked for (train_seg.py --controllable)
 
 Leaves in --out one folder a patient in the layout of real data (bravo.nii.gz, seg.nii.gz, preview.png), manifest.csv (seed,
@@ -49,6 +50,7 @@ def get_args(argv=None):
     g.add_argument('--weights', choices=('ema', 'raw'), default='ema')
     g.add_argument('--save-at', type=numbers(float, 0, 1), help='also keep x_t and x0_hat at these times, as 1,.5,.1,0')
     g = p.add_argument_group('run')
+    g.add_argument('--pairs', action='store_true', help='write noise and image of each in shards, for train_bravo.py --reflow, and no patients')
     g.add_argument('--out', default='runs/synthetic', metavar='DIR')
     g.add_argument('--cache', default='runs/cache', metavar='DIR', help='where decoded slices are kept, with --data')
     g.add_argument('--batch-size', type=number(int, 1), default=16)
@@ -62,6 +64,8 @@ def get_args(argv=None):
         fail(f'masks come from one place: give one of --seg, --data, --masks (got {", ".join(sources) or "none"})')
     if not args.bravo and not args.seg:
         fail(f'{sources[0]} alone makes nothing new; add --bravo RUN')
+    if args.pairs and (not args.bravo or args.save_at or args.eta or args.sampler in ('ddpm', 'dpm++sde')):
+        fail('--pairs: needs --bravo and a solver without fresh noise (an image must follow from its noise); leave --save-at away')
     if args.steps_file and (args.steps or args.grid != 'time' or args.shift != 1 or args.sampler == 'adaptive' or args.learn_steps):
         fail('--steps-file holds the times; leave --steps, --grid, --shift, --learn-steps and --sampler adaptive away')
     if args.steps_file and not Path(args.steps_file).is_file():
@@ -177,6 +181,34 @@ def learn_steps(run, args, draw_with, out):
          f'{args.learn_steps} steps of {run.path}', 'step', 't')
     print0(f'{out}/steps.json: {args.learn_steps} steps, summed cost of the jumps {total:.4f} (equal steps {uniform:.4f}); use with --steps-file; '
            f'look at {out}/steps.png')
+
+
+def write_pairs(args, run, conditions, out):
+    """Shards of 64 pairs: noise, image (in the process's range), mask, level, number. One file appears at once; the next start skips it."""
+    stop, shards = Stop(), list(range(0, args.n, 64))
+    for k in progress(shards[rank()::world()], 'pairs', unit='shard'):
+        ids, file = list(range(k, min(k + 64, args.n))), out / f'pairs_{k:07d}_{min(64, args.n - k)}.npz'
+        if file.exists():
+            continue
+        parts = []
+        for i in range(0, len(ids), args.batch_size):
+            some, start = ids[i:i + args.batch_size], []
+            mask, level, about = conditions(some)
+            image = draw(run, args, some, 'image', args.steps, mask, level, lambda i, t, x_t, x_0: start or start.append(x_t.cpu()))
+            parts.append((start[0].numpy(), run.process.to_range(image).cpu().numpy(), np.uint8(mask.cpu().numpy()), level.numpy(), np.array(some),
+                          np.array([a[0] for a in about])))
+        buffer = io.BytesIO()
+        np.savez(buffer, **dict(zip(('noise', 'image', 'mask', 'level', 'index', 'source'), map(np.concatenate, zip(*parts)))))
+        atomic_write(file, buffer.getbuffer())
+        for old in out.glob(f'pairs_{k:07d}_*.npz'):
+            if old != file:
+                old.unlink()                                             # a shorter last shard of a smaller --n
+        if stop.signum:
+            print0(f'{out}: stopped by signal {stop.signum}; the same command goes on')
+            raise SystemExit(128 + stop.signum)
+    stop.restore()
+    barrier()
+    print0(f'{out}: {args.n} pairs; train on them with: python train_bravo.py --rflow --reflow {out} --init {args.bravo}')
 
 
 def read_steps(args, run):
@@ -401,6 +433,8 @@ def main(args):
         args.sampler = 'euler'
         return learn_steps(main_run, args, lambda callback, n: draw(main_run, args, ids, 'image', n, mask, level, callback), out)
     done = open_set(args, runs)
+    if args.pairs:
+        return write_pairs(args, main_run, conditions, out)
     guidance = Guidance(args.cfg if args.bravo else args.seg_cfg, args.cfg_interval)
     asked = asked_times(name, ts, main_run.process)
     told = f'{name} with {len(ts) - 1} steps = {len(asked) + sum(guidance.at(t).item() for t in asked)} forwards an image'

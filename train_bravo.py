@@ -16,7 +16,16 @@ def get_args(argv=None):
     g.add_argument('--perceptual', type=number(float, 0), default=0.0, help='weight of the VGG16 distance at low noise; 0: off')
     g.add_argument('--perceptual-weights', metavar='FILE', help='VGG16 weights; none: torchvision\'s are fetched')
     g.add_argument('--lpips-weights', metavar='FILE', help='LPIPS linear heads; none: layers unweighted')
+    g = p.add_argument_group('reflow')
+    g.add_argument('--reflow', metavar='DIR', help='train on the pairs of noise and image in DIR (sample.py --pairs) instead of patients')
+    g.add_argument('--distill', action='store_true', help='with --reflow: only at t=1, for images in one step')
     args = finish_args(p.parse_args(argv))
+    if args.reflow and not (args.rflow and args.init):
+        fail('--reflow: straightens a trained flow; add --rflow and --init RUN, the run that made the pairs')
+    if args.reflow and (args.augment or not sorted(Path(args.reflow).glob('pairs_*.npz'))):
+        fail(f'--reflow {args.reflow}: expected a folder of sample.py --pairs, and no --augment (it would part an image from its noise)')
+    if args.distill and not args.reflow:
+        fail('--distill: learns one step from pairs; add --reflow DIR')
     if (args.perceptual_weights or args.lpips_weights) and not args.perceptual:
         fail('--perceptual-weights and --lpips-weights do nothing without --perceptual W; 0.01 is a start')
     for name in ('perceptual_weights', 'lpips_weights'):
@@ -38,6 +47,27 @@ def perceptual_loss(vgg, x0_hat, x_0, t, process):
     return vgg.distance(process.from_range(x0_hat[clear]), process.from_range(x_0[clear])).sum()
 
 
+def read_pairs(directory, size, split):
+    """The shards of sample.py --pairs in one: noise, image (N,1,S,S), mask (N,1,S,S), level (N,). Fails when a mask's patient may not train."""
+    shards = [np.load(f) for f in sorted(Path(directory).glob('pairs_*.npz'))]
+    pairs = {k: np.concatenate([s[k] for s in shards]) for k in ('noise', 'image', 'mask', 'level', 'source')}
+    if pairs['image'].shape[-1] != size:
+        fail(f'--reflow {directory}: holds images of {pairs["image"].shape[-1]} pixels; --size is {size}')
+    split_patients([dict(name=s, source=s, synthetic=True, folder=f'{directory}') for s in sorted({*pairs['source'].tolist()})], split)
+    return argparse.Namespace(**{k: torch.from_numpy(v) for k, v in pairs.items() if k != 'source'})
+
+
+@torch.no_grad()
+def straightness(net, process, pairs, args, device, n=64, steps=25):
+    """Mean over a pixel of the integral of |(noise - image) - dx/dt|^2 along the model's own paths; 0 when they are straight (Liu 2022, eq. 8)."""
+    mask = mask_condition(pairs.mask[:n].float().to(device), args.p_uncond)
+    extra = pairs.level[:n, None].float().to(device) if args.slice_level else None
+    start, slopes = pairs.noise[:n].to(device), []
+    end = sample_euler(make_denoise(net, process, mask, None, extra, args.dtype), start, process.times(min(steps, args.steps or steps)), process,
+                       None, lambda i, t, x_t, x_0: slopes.append((x_t - x_0) / t))
+    return float(torch.stack([(start - end - v).square().mean() for v in slopes]).mean())
+
+
 def main(args):
     # run folder, data
     device, out = setup(args), Path(args.out)
@@ -46,10 +76,12 @@ def main(args):
     roots = args.data or [phantom_root(args.cache)]
     data = load_slices(roots, args.size, ('bravo',), state and state['box'], args.split, args.cache, args.labels, args.speck)
     rows, val = data.rows('train', args.empty_slices, args.seed), data.rows('val', args.empty_slices, args.seed)
+    pairs = read_pairs(args.reflow, args.size, args.split) if args.reflow else None
+    rows = np.arange(len(pairs.image)) if pairs else rows
     if not len(rows):
         fail(f'--data {" ".join(map(str, roots))}: no slice of a training patient; see --split')
     level = torch.tensor([r['level'] for r in data.table])
-    print0(f'training on {len(rows)} slices ({sum(data.table[i]["tumour"] > 0 for i in rows)} with tumour), held out {len(val)}')
+    print0(f'training on {len(rows)} {"pairs" if pairs else "slices"}, held out {len(val)}')
 
     # network, process, optimiser
     torch.manual_seed(seed_of(args.seed, 'weights') % 2 ** 32)
@@ -77,6 +109,10 @@ def main(args):
         extra = level[picked][:, None] if args.slice_level else None
         return torch.tensor(data.images[picked]), torch.tensor(data.masks[picked]).float(), extra
 
+    def pair_batch(picked):
+        """The same of pairs, whose images are in the process's range already."""
+        return pairs.image[picked], pairs.mask[picked].float(), pairs.level[picked].float()[:, None] if args.slice_level else None
+
     def train_step(step, lr):
         """One optimiser step. All that is random is a function of (seed, step) and drawn for the whole batch, of which each
         process takes its part: so resuming and the number of processes change nothing. Returns loss, gradient norm."""
@@ -86,13 +122,15 @@ def main(args):
         t, u = process.draw_t(B, g, args.logit_normal), torch.rand(B, 5, generator=g)
         present = torch.rand(B, generator=g) >= args.p_uncond                # whose condition the network is told
         noise = torch.randn(B, 1, args.size, args.size, generator=generator(args.seed, 'noise', step, device=device), device=device)
+        if pairs:
+            noise, t = pairs.noise[picked].to(device), torch.ones(B) if args.distill else t
         total = torch.zeros((), device=device)
         for k in range(args.accumulate):
             mine = slice((rank() * args.accumulate + k) * part, (rank() * args.accumulate + k + 1) * part)
-            x_0, mask, extra = (v if v is None else v.to(device, non_blocking=True) for v in batch(picked[mine]))
+            x_0, mask, extra = (v if v is None else v.to(device, non_blocking=True) for v in (pair_batch if pairs else batch)(picked[mine]))
             if args.augment:
                 x_0, mask = augment(x_0, mask, u[mine])
-            x_0, times = process.to_range(x_0), t[mine].to(device, non_blocking=True)
+            x_0, times = x_0 if pairs else process.to_range(x_0), t[mine].to(device, non_blocking=True)
             mask = mask_condition(mask, args.p_uncond, present[mine])
             last = k == args.accumulate - 1
             with contextlib.nullcontext() if last or world() == 1 else model.no_sync():
@@ -129,7 +167,7 @@ def main(args):
     @torch.no_grad()
     def picture(path):
         """Real slices of validation patients, their masks, and two images generated for each mask."""
-        pool = val if len(val) else rows
+        pool = val if len(val) else data.rows('train')
         full = np.array([i for i in pool if data.table[i]['tumour'] > 0], int)
         pool = full if len(full) >= 8 else pool
         picked = pool[np.linspace(0, len(pool), 8, endpoint=False).astype(int)]
@@ -151,7 +189,7 @@ def main(args):
     if not state:
         losses.sums.zero_()                                                  # the steps above were undone
     sample_every = args.sample_every or max(args.iters // 4, 1)
-    spacing = tuple(np.median([data.table[i]['spacing'] for i in rows], 0).tolist())
+    spacing = tuple(np.median([data.table[i]['spacing'] for i in data.rows('train')], 0).tolist())
 
     def save(step):
         losses.merge()
@@ -170,6 +208,9 @@ def main(args):
         save(0)                                                              # with --init: a foreign network becomes a run
     if start >= args.iters:
         print0(f'{out}: complete at step {start}; another length needs another --out')
+
+    if pairs and not state:
+        print0(f'straightness before: {straightness(ema.net, process, pairs, args, device):.5f} a pixel (0: straight)')
 
     # the loop
     stop, recent, clock = Stop(), [], time.perf_counter()
@@ -215,6 +256,8 @@ def main(args):
         told = log.curve('held_out')[1][-1:]
         print0(f'{out}: {args.iters} steps done' + (f', held-out error {told[0]:.4f} (EMA)' if told else '')
                + f'; look at {out}/samples_{args.iters:06d}.png, then: python sample.py --bravo {out}')
+        if pairs:
+            print0(f'straightness after: {straightness(ema.net, process, pairs, args, device):.5f} a pixel (0: straight)')
     barrier()
 
 

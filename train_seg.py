@@ -33,7 +33,7 @@ def main(args):
     if not len(rows):
         fail(f'--data {" ".join(map(str, roots))}: no slice of a training patient; see --split')
     level = torch.tensor([r['level'] for r in data.table])
-    print0(f'training on {len(rows)} slices ({sum(data.table[i]["tumour"] > 0 for i in rows)} with tumour), held out {len(val)}')
+    print0(f'training on {len(rows)} slices, held out {len(val)}')
 
     # network, process, optimiser
     torch.manual_seed(seed_of(args.seed, 'weights') % 2 ** 32)
@@ -119,7 +119,7 @@ def main(args):
     @torch.no_grad()
     def picture(path):
         """Real masks of validation patients, and generated ones (for the same slice levels and, with --controllable, requests)."""
-        pool = val if len(val) else rows
+        pool = val if len(val) else data.rows('train')
         picked = pool[np.linspace(0, len(pool), 8, endpoint=False).astype(int)]
         x_0, extra = (v if v is None else v.to(device) for v in batch(picked))
         denoise = make_denoise(ema.net, process, None, tokens(x_0), extra, args.dtype, clip=not args.rflow)
@@ -137,7 +137,7 @@ def main(args):
     if not state:
         losses.sums.zero_()                                                  # the steps above were undone
     sample_every = args.sample_every or max(args.iters // 4, 1)
-    spacing = tuple(np.median([data.table[i]['spacing'] for i in rows], 0).tolist())
+    spacing = tuple(np.median([data.table[i]['spacing'] for i in data.rows('train')], 0).tolist())
 
     def save(step):
         losses.merge()

@@ -1,0 +1,97 @@
+"""Pairs of noise and image, training on them, straightness."""
+import argparse
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+import common
+import train_bravo
+from common import RFlow, generator
+
+
+class Oracle(torch.nn.Module):
+    """The velocity of data N(0, scale^2), whatever the mask."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, x, t, context=None, extra=None):
+        x, t = x[:, :1].double(), t.double().reshape(-1, 1, 1, 1)
+        return x * (t - (1 - t) * self.scale ** 2) / ((1 - t) ** 2 * self.scale ** 2 + t ** 2)
+
+
+def test_straightness():
+    """For N(0,1) data it is 2 - pi/2 = 0.4292 a pixel (Liu 2022's flow between equal Gaussians); for one point it is 0."""
+    pairs = argparse.Namespace(noise=torch.randn(64, 1, 16, 16, generator=generator('z')).double(), mask=torch.zeros(64, 1, 16, 16), level=torch.zeros(64))
+    args = argparse.Namespace(p_uncond=0.0, slice_level=False, dtype='fp32', steps=0)
+    found = train_bravo.straightness(Oracle(1.0), RFlow(), pairs, args, 'cpu', steps=1000)
+    assert abs(found / float(pairs.noise.square().mean()) - (2 - math.pi / 2)) < 2e-3
+    assert train_bravo.straightness(Oracle(1e-6), RFlow(), pairs, args, 'cpu') < 1e-6
+
+
+@pytest.fixture(scope='module')
+def pairs(call, trained, phantom, tmp_path_factory):
+    out = tmp_path_factory.mktemp('pairs') / 'p'
+    call('sample', out, '--bravo', trained / 'bravo', '--data', phantom, '--pairs', '--n', 70, '--steps', 4, '--batch-size', 48)
+    return out
+
+
+def test_pairs(pairs, call, trained, phantom, tmp_path):
+    """Each image follows from its own noise; shards are kept, a missing one is made again to the same bits; more join them."""
+    files = sorted(f.name for f in pairs.glob('*.npz'))
+    assert files == ['pairs_0000000_64.npz', 'pairs_0000064_6.npz'] and not list(pairs.glob('syn_*'))
+    shard, run = np.load(pairs / files[1]), common.load_run(trained / 'bravo')
+    assert shard['index'].tolist() == list(range(64, 70)) and shard['noise'].shape == shard['image'].shape == (6, 1, 16, 16)
+    assert all(common.part_of(s) == 'train' for s in shard['source'])
+    for k, i in enumerate(shard['index']):
+        assert np.array_equal(shard['noise'][k], torch.randn(1, 16, 16, generator=generator(0, 'image', int(i))).numpy())
+    with torch.no_grad():
+        denoise = common.make_denoise(run.net, run.process, torch.from_numpy(shard['mask']).float())
+        again = common.sample_euler(denoise, torch.from_numpy(shard['noise']), run.process.times(4), run.process)
+    assert (again - torch.from_numpy(shard['image'])).abs().max() < 1e-4
+    before = {f: (pairs / f).read_bytes() for f in files}
+    stamp = (pairs / files[0]).stat().st_mtime_ns
+    (pairs / files[1]).unlink()
+    make = lambda n: call('sample', pairs, '--bravo', trained / 'bravo', '--data', phantom, '--pairs', '--n', n, '--steps', 4, '--batch-size', 48)
+    make(70)
+    assert {f: (pairs / f).read_bytes() for f in files} == before and (pairs / files[0]).stat().st_mtime_ns == stamp
+    copy = tmp_path / 'more'
+    shutil.copytree(pairs, copy)
+    call('sample', copy, '--bravo', trained / 'bravo', '--data', phantom, '--pairs', '--n', 80, '--steps', 4, '--batch-size', 48)
+    assert sorted(f.name for f in copy.glob('*.npz')) == ['pairs_0000000_64.npz', 'pairs_0000064_16.npz']
+
+
+@pytest.mark.parametrize('flags', [[], ['--distill']], ids=str)
+def test_reflow(pairs, call, trained, tmp_path, capsys, flags):
+    """Trains on the pairs from the run that made them; the error on them falls; straightness is told before and after."""
+    start = common.load_run(trained / 'bravo')
+    data = train_bravo.read_pairs(pairs, 16, None)
+
+    def error(run):
+        t = torch.ones(len(data.image)) if flags else torch.linspace(0.05, 1, len(data.image))
+        with torch.no_grad():
+            return float(run.process.loss(run.net, data.image, data.noise, t, data.mask.float())[1].mean())
+
+    go = lambda out, n: call('bravo', out, '--rflow', '--reflow', pairs, '--init', trained / 'bravo', '--iters', n, '--save-every', 20, '--ema-decay', 0.5, *flags)
+    out = go(tmp_path / 'out', 120)
+    said = capsys.readouterr().out
+    assert 'straightness before' in said and 'straightness after' in said and 'training on 70 pairs' in said
+    assert error(common.load_run(out)) < 0.7 * error(start)
+
+
+def test_patients_held_back_stay_out(pairs, call, trained, phantom, tmp_path, capsys):
+    bad = call('sample', tmp_path / 'bad', '--bravo', trained / 'bravo', '--data', phantom, '--part', 'test', '--pairs', '--n', 3, '--steps', 2)
+    for flags, words in ((['--reflow', bad, '--init', trained / 'bravo', '--rflow'], 'test part'), (['--reflow', pairs, '--rflow'], '--init'),
+                         (['--reflow', pairs, '--init', trained / 'bravo'], '--rflow'), (['--distill', '--rflow'], '--reflow'),
+                         (['--reflow', tmp_path, '--init', trained / 'bravo', '--rflow'], '--pairs'),
+                         (['--reflow', pairs, '--init', trained / 'bravo', '--rflow', '--augment'], '--augment'),
+                         (['--reflow', pairs, '--init', trained / 'bravo', '--rflow', '--size', 32], '16 pixels')):
+        with pytest.raises(SystemExit) as e:
+            call('bravo', tmp_path / 'out', *flags)
+        assert e.value.code == 2 and words in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        call('sample', tmp_path / 'noisy', '--bravo', trained / 'bravo', '--data', phantom, '--pairs', '--sampler', 'ddpm')
