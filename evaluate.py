@@ -1,36 +1,53 @@
 """Measures generated images against real patients, with the same measure between real patients beside each figure.
 
   python evaluate.py quality --fake runs/synthetic --data DIR --vgg-weights vgg16.pth     distances, diversity, lesions, memorisation
+  python evaluate.py cycle --fake runs/synthetic --data DIR       does a segmenter find the mask that an image was made from?
+  python evaluate.py control --fake runs/asked                    do masks hold what was asked for (sample.py --count, --requests)?
 
-Leaves in --out: metrics.json, metrics.csv, spectrum.png, nearest.png. Reads files, changes none.
+Each leaves metrics.json, metrics.csv and pictures in --out. Reads files, changes none.
 """
+import itertools
+
 from common import *
 
 
 def get_args(argv=None):
     p = Parser(description=__doc__.split('\n')[0])
     commands = p.add_subparsers(dest='command', required=True, metavar='COMMAND', parser_class=Parser)
-    q = commands.add_parser('quality', help='is a generated set like real patients it has not seen?')
-    g = q.add_argument_group('what')
-    g.add_argument('--fake', required=True, metavar='DIR', help='a set made by sample.py')
-    g.add_argument('--data', nargs='+', required=True, metavar='DIR', help='the real patients, training patients included')
-    g.add_argument('--part', choices=('val', 'judge', 'test'), default='test', help='the real patients to compare with')
-    g.add_argument('--split', metavar='FILE', help='CSV patient,part instead of the split by name')
-    g.add_argument('--empty-slices', type=number(float, 0, 1), default=0.2, help='share of real slices without tumour')
-    g.add_argument('--vgg-weights', metavar='FILE', help='VGG16 weights; "none" leaves its metrics out; not given: fetched')
-    g = q.add_argument_group('how')
-    g.add_argument('--n', type=number(int, 8), default=1000, help='images on each side at most; fewer where a side has fewer')
-    g.add_argument('--repeats', type=number(int, 20), default=200, help='bootstrap draws, of patients')
-    g.add_argument('--out', default='runs/quality', metavar='DIR')
-    g.add_argument('--cache', default='runs/cache', metavar='DIR', help='where decoded slices are kept')
-    g.add_argument('--seed', type=number(int, 0), default=0)
-    g.add_argument('--device', choices=('auto', 'cpu', 'cuda'), default='auto')
+    for name, told in (('quality', 'is a generated set like real patients it has not seen?'),
+                       ('cycle', 'does a segmenter find in the images the masks that they were made from?'),
+                       ('control', 'do the masks hold what was asked for?')):
+        c = commands.add_parser(name, help=told)
+        g = c.add_argument_group('what')
+        g.add_argument('--fake', required=True, metavar='DIR', help='a set made by sample.py')
+        if name != 'control':
+            g.add_argument('--data', nargs='+', required=True, metavar='DIR', help='the real patients, training patients included')
+            g.add_argument('--split', metavar='FILE', help='CSV patient,part instead of the split by name')
+        if name == 'quality':
+            g.add_argument('--part', choices=('val', 'judge', 'test'), default='test', help='the real patients to compare with')
+            g.add_argument('--empty-slices', type=number(float, 0, 1), default=0.2, help='share of real slices without tumour')
+            g.add_argument('--vgg-weights', metavar='FILE', help='VGG16 weights; "none" leaves its metrics out; not given: fetched')
+        g = c.add_argument_group('how')
+        if name == 'quality':
+            g.add_argument('--n', type=number(int, 8), default=1000, help='images on each side at most; fewer where a side has fewer')
+        if name == 'cycle':
+            g.add_argument('--train-steps', type=number(int, 1), default=800, help='of the segmenter, 16 slices of judge patients each')
+        g.add_argument('--repeats', type=number(int, 20), default=200, help='bootstrap draws, of patients (control: of masks)')
+        g.add_argument('--out', default=f'runs/{name}', metavar='DIR')
+        g.add_argument('--seed', type=number(int, 0), default=0)
+        if name != 'control':
+            g.add_argument('--cache', default='runs/cache', metavar='DIR', help='where decoded slices are kept')
+            g.add_argument('--device', choices=('auto', 'cpu', 'cuda'), default='auto')
     args = p.parse_args(argv)
     args.dtype = 'fp32'
     if not (Path(args.fake) / 'sample.json').is_file():
         fail(f'--fake {args.fake}: holds no sample.json; give a set made by sample.py')
-    if args.vgg_weights not in (None, 'none') and not Path(args.vgg_weights).is_file():
-        fail(f'--vgg-weights {args.vgg_weights}: no such file')
+    for root in getattr(args, 'data', ()):
+        if not Path(root).is_dir():
+            fail(f'--data {root}: no such folder; give a folder that holds one folder a patient')
+    vgg = getattr(args, 'vgg_weights', None)
+    if vgg not in (None, 'none') and not Path(vgg).is_file():
+        fail(f'--vgg-weights {vgg}: no such file')
     if Path(args.out).exists() and not Path(args.out).is_dir():
         fail(f'--out {args.out}: is a file; give a folder')
     return args
@@ -221,18 +238,11 @@ def quality(args):
 
     points = [both(('point', k), False) for k in range(10)]
     draws = [both(('draw', k), True) for k in progress(range(args.repeats), 'bootstrap')]
-    table = []
-    for name in points[0][0]:
-        row = [name]
-        for side in (0, 1):
-            values = [d[side][name] for d in draws]
-            row += [float(np.mean([p[side][name] for p in points])), *(float(np.nanpercentile(values, q)) if np.isfinite(values).any() else math.nan for q in (2.5, 97.5))]
-        gain = [d[0][name] - d[1][name] for d in draws]
-        table.append([*row, *(float(np.nanpercentile(gain, q)) if np.isfinite(gain).any() else math.nan for q in (2.5, 97.5))])
-    header = ['metric', 'fake', 'fake_low', 'fake_high', 'floor', 'floor_low', 'floor_high', 'above_low', 'above_high']
+    mean = [{name: np.mean([p[side][name] for p in points]) for name in points[0][side]} for side in (0, 1)]
     cut, nearest = copies(images, fakes, train, np.concatenate([test, others]), out)
-    report(out, header, table, dict(fake=args.fake, hash=made.get('bravo'), part=args.part, n=int(min(len(fakes), len(train), len(test), args.n)), sizes=sizes,
-                                    repeats=args.repeats, correlation_cut=cut, copies=int((nearest > cut).sum())))
+    report(out, intervals(list(mean[0]), mean, draws), dict(
+        fake=args.fake, hash=made['bravo'], part=args.part, n=int(min(len(fakes), len(train), len(test), args.n)), sizes=sizes, repeats=args.repeats,
+        correlation_cut=cut, copies=int((nearest > cut).sum())))
     cycles = np.arange(1, spectrum.shape[1] + 1)
     plot(out / 'spectrum.png', {n: (cycles, spectrum[i].mean(0)) for n, i in (('fake', fakes), ('train', train), (args.part, test))},
          'radial power spectrum', 'cycles an image', 'dB', logx=True)
@@ -255,18 +265,206 @@ def copies(images, fakes, train, held_out, out):
     return cut, to_train.max(1)
 
 
-def report(out, header, table, about):
+# ---------------------------------------------------------------------------------------------------------------------
+# cycle
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def dice(a, b):
+    """2 |A and B| / (|A| + |B|) of masks (N,S,S): (N,); nan where both are empty."""
+    a, b = a.reshape(len(a), -1) > 0, b.reshape(len(b), -1) > 0
+    with np.errstate(invalid='ignore'):
+        return 2 * (a & b).sum(1) / (a.sum(1) + b.sum(1))
+
+
+def train_segmenter(images, masks, steps, device='cpu', seed=0):
+    """A small U-Net on images (N,1,S,S) and masks, cross-entropy + Dice, flips and small affine maps. Returns images -> masks (N,S,S)."""
+    torch.manual_seed(seed_of(seed, 'segmenter') % 2 ** 32)
+    net = UNet(1, 1, (16, 32, 64), (0, 0, 0), 1, 32, norm_groups=8).to(device, memory_format=torch.channels_last)
+    opt = torch.optim.AdamW(net.parameters(), 2e-3, fused=True)
+    for step in progress(range(steps), 'segmenter', leave=False):
+        for group in opt.param_groups:
+            group['lr'] = 2e-3 * (1 - step / steps)
+        g, rows = generator(seed, 'segmenter', step), batch_rows(len(images), 16, step, seed)
+        x, y = augment(torch.tensor(images[rows]), torch.tensor(masks[rows]).float(), torch.rand(16, 5, generator=g))
+        x, y = (x + 0.05 * torch.randn(x.shape, generator=g)).to(device), y.to(device)      # what little noise a sampler leaves is no tumour
+        out = net(x, torch.zeros(16, device=device))
+        p = out.sigmoid()
+        loss = F.binary_cross_entropy_with_logits(out, y) + 1 - (2 * (p * y).sum() + 1) / (p.sum() + y.sum() + 1)
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+
+    @torch.no_grad()
+    def segment(x):
+        return np.concatenate([(net(v.to(device), torch.zeros(len(v), device=device)) > 0).cpu().numpy()[:, 0] for v in torch.tensor(x).split(64)])
+
+    return segment
+
+
+def cycle(args):
+    """mask -> image -> mask: Dice and lesion recall by size on the images, on the same with shuffled masks, and on real test images."""
+    device, out = setup(args), Path(args.out)
+    made = json.loads((Path(args.fake) / 'sample.json').read_text())
+    if not made.get('bravo'):
+        fail(f'--fake {args.fake}: holds masks only; make images with sample.py --bravo RUN')
+    fake = load_slices([args.fake], made['pixels'], cache=args.cache, training=False)
+    real = load_slices(args.data, made['pixels'], box=made['box'], split=args.split, cache=args.cache)
+    judge, test = real.rows('judge', 0.2, args.seed), real.rows('test', 0.0)
+    rows = np.array([i for i, r in enumerate(fake.table) if r['tumour']])
+    if min(map(len, (judge, test, rows))) < 8:
+        fail(f'--data: {len(judge)} judge and {len(test)} test slices, --fake: {len(rows)} images with tumour; at least 8 of each are needed, see --split')
+    segment = train_segmenter(real.images[judge], real.masks[judge], args.train_steps, device, args.seed)
+    images = np.concatenate([fake.images[rows], real.images[test]])
+    masks = np.concatenate([fake.masks[rows], real.masks[test]])[:, 0]
+    patients = np.array([f'fake:{fake.table[i]["source"] or fake.table[i]["folder"]}' for i in rows] + [real.table[i]['patient'] for i in test])
+    found, fakes, reals = segment(images), np.arange(len(rows)), np.arange(len(rows), len(images))
+    own = dice(found, masks)
+    shuffled = np.concatenate([np.mean([dice(found[i], np.roll(masks[i], k, 0)) for k in range(1, min(11, len(i)))], 0) for i in (fakes, reals)])
+    pieces = []
+    for i, mask in enumerate(masks):
+        labels, n = components(mask)
+        pieces += [(i, math.sqrt(4 * (labels == k).sum() / math.pi), found[i][labels == k].any()) for k in range(1, n + 1)]
+    pieces = np.array(pieces, float)
+    edges = np.quantile(pieces[pieces[:, 0] >= len(rows), 1], (1 / 3, 2 / 3))
+    piece_rows = [np.flatnonzero(pieces[:, 0] == i) for i in range(len(images))]
+
+    def measure(i):
+        p = pieces[np.concatenate([piece_rows[r] for r in i])]
+        size = np.digitize(p[:, 1], edges)
+        name = (f'below {edges[0]:.1f} pixels', f'{edges[0]:.1f} to {edges[1]:.1f} pixels', f'above {edges[1]:.1f} pixels')
+        return {'Dice, own masks': np.nanmean(own[i]), 'Dice, shuffled masks': np.nanmean(shuffled[i]), 'Dice, own - shuffled': np.nanmean(own[i] - shuffled[i]),
+                **{f'lesions found, {n}': p[size == k, 2].mean() if (size == k).any() else math.nan for k, n in enumerate(name)}}
+
+    names, points = list(measure(fakes)), [measure(fakes), measure(reals)]
+    draws = [[measure(draw(r, patients, generator(args.seed, 'cycle', k), True)) for r in (fakes, reals)] for k in range(args.repeats)]
+    report(out, intervals(names, points, draws), dict(fake=args.fake, hash=made['bravo'], judge_slices=len(judge), images=len(rows), test_slices=len(test)))
+    show = np.concatenate([fakes[np.linspace(0, len(fakes), 6, endpoint=False).astype(int)], reals[np.linspace(0, len(reals), 6, endpoint=False).astype(int)]])
+    zoom = max(1, 128 // images.shape[-1])
+    save_grid(out / 'cycle.png', [[outline(images[i, 0], m[i], c, zoom) for i in show] for m, c in ((masks, (255, 80, 60)), (found, (80, 220, 90)))],
+              ['asked for', 'found'], zoom)
+    print0(f'the segmenter saw {len(judge)} slices of judge patients; the left half of {out}/cycle.png is generated, the right half real')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# control
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def match(asked, found):
+    """Pairs (i, j) of asked and found lesions with the least summed distance of centres; all orders are tried up to 6, else nearest first."""
+    if not len(asked) or not len(found):
+        return []
+    d = np.hypot(asked[:, None, 1] - found[None, :, 1], asked[:, None, 2] - found[None, :, 2])
+    if max(d.shape) <= 6:
+        few, many = sorted(d.shape)
+        e = d if d.shape[0] == few else d.T
+        best = min(itertools.permutations(range(many), few), key=lambda order: sum(e[i, j] for i, j in enumerate(order)))
+        return [(i, j) if d.shape[0] == few else (j, i) for i, j in enumerate(best)]
+    pairs = []
+    for i, j in zip(*np.unravel_index(np.argsort(d, axis=None), d.shape)):
+        if all(i != a and j != b for a, b in pairs):
+            pairs.append((int(i), int(j)))
+    return pairs
+
+
+def spearman(a, b):
+    """Rank correlation; ties share their mean rank. nan for fewer than three pairs, or where one side is constant."""
+    rank_of = lambda v: np.array([(v < x).sum() + ((v == x).sum() - 1) / 2 for x in v])
+    return float(np.corrcoef(rank_of(np.asarray(a)), rank_of(np.asarray(b)))[0, 1]) if len(a) > 2 and len({*a}) > 1 and len({*b}) > 1 else math.nan
+
+
+def control(args):
+    """Counts, sizes and places obtained against those asked for; beside each, against the requests of other masks (shuffled)."""
+    out = Path(args.out)
+    made = json.loads((Path(args.fake) / 'sample.json').read_text())
+    if not made.get('asked'):
+        fail(f'--fake {args.fake}: was made without --count or --requests')
+    requests = [np.array([[math.nan if v is None else v for v in lesion] for lesion in r]).reshape(-1, 3) for r in made['asked']]
+    rows = read_csv(Path(args.fake) / 'manifest.csv')
+    got, wish = [], []
+    for r in rows:
+        mask = read_nifti(Path(args.fake) / r['folder'] / 'seg.nii.gz')[0][0]
+        got.append(lesion_records(mask))
+        wish.append(requests[int(r['index']) % len(requests)])
+    side = made['pixels']
+    other = [wish[i] for i in torch.randperm(len(wish), generator=generator(args.seed, 'shuffled')).tolist()]
+
+    def judge(asked, found):
+        """Count error, and for each pair with a known size or place: (log sizes), hit."""
+        sizes, hits = [], []
+        placed = asked[np.isfinite(asked[:, 1])]
+        for i, j in match(placed, found):
+            hits.append(math.hypot(*(placed[i, 1:] - found[j, 1:])) * side < max(2, placed[i, 0] * side / 2 if np.isfinite(placed[i, 0]) else 2))
+        hits += [False] * (len(placed) - len(hits))
+        known = np.sort(asked[np.isfinite(asked[:, 0]), 0])[::-1]                      # sizes without a place are compared in order of size
+        pairs = [(placed[i, 0], found[j, 0]) for i, j in match(placed, found)] if len(placed) == len(asked) else list(zip(known, np.sort(found[:, 0])[::-1]))
+        sizes = [(math.log(a), math.log(b)) for a, b in pairs if np.isfinite(a) and a > 0]
+        return len(found) - len(asked), sizes, hits
+
+    scores = [[judge(a, f) for a, f in zip(w, got)] for w in (wish, other)]
+
+    def measure(i, side_):
+        some = [scores[side_][k] for k in i]
+        error, sizes, hits = np.array([s[0] for s in some]), [p for s in some for p in s[1]], [h for s in some for h in s[2]]
+        return {'count exact': (error == 0).mean(), 'count error, mean absolute': np.abs(error).mean(),
+                'tumour or none right': np.mean([(len(got[k]) > 0) == (len((wish, other)[side_][k]) > 0) for k in i]),
+                'log diameter, Spearman': spearman(*zip(*sizes)) if len(sizes) > 2 else math.nan,
+                'log diameter, mean absolute error': np.mean([abs(a - b) for a, b in sizes]) if sizes else math.nan,
+                'place hit': np.mean(hits) if hits else math.nan}
+
+    every = np.arange(len(rows))
+    points = [measure(every, 0), measure(every, 1)]
+    draws = []
+    for k in range(args.repeats):
+        i = torch.randint(len(rows), (len(rows),), generator=generator(args.seed, 'control', k)).numpy()
+        draws.append([measure(i, 0), measure(i, 1)])
+    counts = Counter(len(w) for w in wish)
+    constant = counts.most_common(1)[0]
+    report(out, intervals(list(points[0]), points, draws), dict(fake=args.fake, hash=made.get('seg'), masks=len(rows), best_constant=constant[1] / len(rows)),
+           ('asked for', 'shuffled'))
+    print0(f'{len(rows)} masks; answering always {constant[0]} would be exact for {constant[1] / len(rows):.3f} of them')
+    table = Counter((len(w), min(len(f), 9)) for w, f in zip(wish, got))
+    for asked in sorted(counts):
+        print0(f'  asked {asked}: ' + ', '.join(f'{n} in {table[asked, n]}' for n in range(10) if table[asked, n]))
+    show = np.linspace(0, len(rows), 8, endpoint=False).astype(int)
+    zoom, pictures = max(1, 128 // side), []
+    for k in show:
+        mask = read_nifti(Path(args.fake) / rows[k]['folder'] / 'seg.nii.gz')[0][0]
+        want = np.zeros(mask.shape)
+        y, x = np.mgrid[:side, :side] + 0.5
+        for size, cx, cy in wish[k]:
+            if np.isfinite(cx):
+                want[np.hypot(x - cx * side, y - cy * side) <= max(size * side / 2 if np.isfinite(size) else 1.5, 1)] = 1
+        pictures.append((want * 2 - 1, outline(mask * 2 - 1, want, zoom=zoom)))
+    save_grid(out / 'control.png', [[p[0] for p in pictures], [p[1] for p in pictures]], ['asked for', 'drawn'], zoom)
+    print0(f'look at {out}/control.png')
+
+
+HEADER = ['metric', 'fake', 'fake_low', 'fake_high', 'floor', 'floor_low', 'floor_high', 'above_low', 'above_high']
+
+
+def intervals(names, points, draws):
+    """Rows of HEADER: value and 2.5 to 97.5 % of the draws for both sides, and the interval of their difference."""
+    def between_(values):
+        values = np.array(values, float)
+        return [float(np.nanpercentile(values, q)) if np.isfinite(values).any() else math.nan for q in (2.5, 97.5)]
+    return [[n, float(points[0][n]), *between_([d[0][n] for d in draws]), float(points[1][n]), *between_([d[1][n] for d in draws]),
+             *between_([d[0][n] - d[1][n] for d in draws])] for n in names]
+
+
+def report(out, table, about, sides=('fake', 'real')):
     """Prints the table and writes metrics.csv and metrics.json."""
-    print0(f'{"":28}{"fake":>9}  {"95 %":^19}{"real":>9}  {"95 %":^19}  fake - real, 95 %')
+    print0(f'{"":34}{sides[0]:>9}  {"95 %":^19}{sides[1]:>9}  {"95 %":^19}  difference, 95 %')
     for name, *v in table:
-        print0(f'{name:28}{v[0]:9.3f}  [{v[1]:7.3f}, {v[2]:7.3f}]  {v[3]:9.3f}  [{v[4]:7.3f}, {v[5]:7.3f}]  [{v[6]:7.3f}, {v[7]:7.3f}]')
+        print0(f'{name:34}{v[0]:9.3f}  [{v[1]:7.3f}, {v[2]:7.3f}]  {v[3]:9.3f}  [{v[4]:7.3f}, {v[5]:7.3f}]  [{v[6]:7.3f}, {v[7]:7.3f}]')
     out.mkdir(parents=True, exist_ok=True)
-    write_csv(out / 'metrics.csv', header, table)
-    atomic_write(out / 'metrics.json', json.dumps({**about, 'metrics': {r[0]: dict(zip(header[1:], r[1:])) for r in table}}, indent=1).encode())
+    write_csv(out / 'metrics.csv', HEADER, table)
+    atomic_write(out / 'metrics.json', json.dumps({**about, 'metrics': {r[0]: dict(zip(HEADER[1:], r[1:])) for r in table}}, indent=1).encode())
 
 
 def main(args):
-    {'quality': quality}[args.command](args)
+    {'quality': quality, 'cycle': cycle, 'control': control}[args.command](args)
 
 
 if __name__ == '__main__':

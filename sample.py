@@ -308,7 +308,7 @@ class Masks:
 HEADER = ['folder', 'index', 'seed', 'condition', 'source_patient', 'level', 'tumour_pixels', 'sampler', 'steps', 'bravo', 'seg']
 
 
-def open_set(args, runs):
+def open_set(args, runs, requests):
     """Finds what of a half-done set is whole, drops the rest, writes manifest.csv before any image. Returns its rows.
 
     A folder without a line in the manifest is not part of the set, so that an unfinished one never passes for real data.
@@ -316,7 +316,8 @@ def open_set(args, runs):
     out = Path(args.out)
     same = {k: v for k, v in plain(args).items() if k not in ('n', 'batch_size', 'device', 'compile', 'out', 'cache')}
     last = list(runs.values())[-1]
-    same.update({k: r.hash for k, r in runs.items()}, pixels=last.args.size, box=list(last.box))
+    same.update({k: r.hash for k, r in runs.items()}, pixels=last.args.size, box=list(last.box),
+                asked=[[[None if math.isnan(v) else round(float(v), 6) for v in lesion] for lesion in r] for r in requests])
     note = out / 'sample.json'
     if note.exists():
         old = json.loads(note.read_text())
@@ -432,7 +433,7 @@ def main(args):
         mask, level, _ = conditions(ids)
         args.sampler = 'euler'
         return learn_steps(main_run, args, lambda callback, n: draw(main_run, args, ids, 'image', n, mask, level, callback), out)
-    done = open_set(args, runs)
+    done = open_set(args, runs, requests)
     if args.pairs:
         return write_pairs(args, main_run, conditions, out)
     guidance = Guidance(args.cfg if args.bravo else args.seg_cfg, args.cfg_interval)

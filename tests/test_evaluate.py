@@ -7,7 +7,9 @@ import pytest
 import torch
 
 import evaluate
-from evaluate import copies, distances, draw, frechet, kid, lesions, memorisation, ms_ssim, polynomial_kernel, prdc, radial_spectrum, wasserstein
+from common import write_csv, write_patient
+from evaluate import (copies, dice, distances, draw, frechet, kid, lesions, match, memorisation, ms_ssim, polynomial_kernel, prdc, radial_spectrum,
+                      spearman, train_segmenter, wasserstein)
 
 
 def normal(*shape, seed=0):
@@ -151,3 +153,107 @@ def test_quality(trained, call, phantom, cache, tmp_path, capsys):
     assert row['fake'] > row['floor'] > 0 and row['above_low'] > 0                            # four steps of training make no brain
     for name in ('metrics.csv', 'spectrum.png', 'nearest.png'):
         assert (tmp_path / 'a' / name).exists()
+
+
+def disc(r, cx, cy, side=64):
+    y, x = np.mgrid[:side, :side] + 0.5
+    return np.hypot(x - cx, y - cy) <= r
+
+
+def test_dice():
+    """Equal 1, apart 0, both empty nan, two shifted discs 2/pi (acos u - u sqrt(1 - u^2)) with u = shift / 2r."""
+    a = disc(10, 30, 32)
+    assert dice(a[None], a[None]) == 1 and dice(a[None], disc(5, 55, 55)[None]) == 0 and np.isnan(dice(0 * a[None], 0 * a[None]))
+    for r, shift, known in ((10, 2, 0.873), (10, 1, 0.936), (5, 2, 0.747), (3, 1, 0.789)):
+        u = shift / 2 / r
+        assert abs(2 / math.pi * (math.acos(u) - u * math.sqrt(1 - u * u)) - known) < 1e-3
+        assert abs(dice(disc(r, 30, 32)[None], disc(r, 30 + shift, 32)[None])[0] - known) < 0.03
+
+
+def test_segmenter():
+    """Bright discs on grey are found: on other images than it was trained on."""
+    g = np.random.default_rng(0)
+    masks = np.stack([disc(g.integers(3, 7), *g.integers(8, 24, 2), side=32) for _ in range(96)])[:, None].astype(np.uint8)
+    images = (masks - 0.5 + 0.2 * g.standard_normal(masks.shape)).astype(np.float32)
+    segment = train_segmenter(images[:64], masks[:64], 60)
+    assert dice(segment(images[64:]), masks[64:]).mean() > 0.9
+
+
+def test_match_and_spearman():
+    """The least summed distance, also where nearest-first would miss it; ranks with ties."""
+    at = lambda *xs: np.array([[0.1, x, 0.5] for x in xs])
+    assert match(at(0.1, 0.9), at(0.88, 0.12)) == [(0, 1), (1, 0)]
+    assert sorted(match(at(0.0, 0.4), at(0.3, 0.9))) == [(0, 0), (1, 1)]                       # nearest first: 0.4-0.3, then 0.0-0.9
+    assert sorted(match(at(0.2, 0.5, 0.8), at(0.79))) == [(2, 0)] and match(at(), at(0.5)) == []
+    assert spearman([1, 2, 3, 4], [10, 20, 25, 90]) == pytest.approx(1) and spearman([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
+    assert spearman([1, 1, 2, 3], [1, 1, 2, 3]) == pytest.approx(1) and math.isnan(spearman([1], [1]))
+
+
+@pytest.fixture
+def asked(tmp_path):
+    """asked(drawn): a set of 30 masks made for requests of 0 to 3 discs; drawn(request) gives the discs that are there."""
+    def make(drawn):
+        g = np.random.default_rng(1)
+        places = [(0.25, 0.25), (0.75, 0.3), (0.5, 0.75)]
+        requests = [[[float(g.choice([6, 9, 14])) / 64, *places[i]] for i in range(n)] for n in (0, 1, 2, 3, 1, 2)]
+        out = tmp_path / 'asked'
+        rows = []
+        for i in range(30):
+            mask = np.zeros((64, 64), bool)
+            for size, x, y in drawn(requests[i % 6], i):
+                mask |= disc(size * 32, x * 64, y * 64)
+            write_patient(out / f'syn_{i}', {}, mask, (1.0, 1.0))
+            rows.append([f'syn_{i}', i, ''])
+        write_csv(out / 'manifest.csv', ['folder', 'index', 'source_patient'], rows)
+        (out / 'sample.json').write_text(json.dumps(dict(asked=requests, pixels=64, seg='x')))
+        evaluate.main(evaluate.get_args(['control', '--fake', str(out), '--out', str(tmp_path / 'control'), '--repeats', '20']))
+        return json.loads((tmp_path / 'control/metrics.json').read_text())
+    return make
+
+
+def test_control_of_one_that_obeys(asked):
+    """All right: exact 1, Spearman 1, hits 1, all above the shuffled requests; the best constant answer is the commonest count."""
+    told = asked(lambda request, i: request)
+    m = told['metrics']
+    assert m['count exact']['fake'] == 1 and m['count exact']['above_low'] > 0 and told['best_constant'] == pytest.approx(1 / 3)
+    assert m['log diameter, Spearman']['fake'] > 0.95 and m['log diameter, mean absolute error']['fake'] < 0.05 and m['place hit']['fake'] == 1
+    assert 0.1 < m['count exact']['floor'] < 0.6 and m['tumour or none right']['fake'] == 1
+
+
+def test_control_of_one_that_does_not(asked):
+    """Always one lesion in the middle: the constant's share exact, no place hit, like the shuffled requests."""
+    m = asked(lambda request, i: [[8 / 64, 0.5, 0.5]])['metrics']
+    assert m['count exact']['fake'] == m['count exact']['floor'] == pytest.approx(1 / 3) and m['place hit']['fake'] == 0
+    assert m['count error, mean absolute']['fake'] == pytest.approx(np.mean([1, 0, 1, 2, 0, 1])) and m['tumour or none right']['fake'] == pytest.approx(5 / 6)
+
+
+def test_cycle(trained, call, phantom, cache, tmp_path, capsys):
+    """End to end on a tiny run, beside the ceiling of real test patients; the judge patients are those of the split."""
+    names = sorted(f.name for f in phantom.iterdir())
+    write_csv(tmp_path / 'split.csv', ['patient', 'part'], [(n, ('train', 'judge', 'test', 'train')[i % 4]) for i, n in enumerate(names)])
+    fake = call('sample', tmp_path / 'set', '--bravo', trained / 'bravo', '--data', phantom, '--split', tmp_path / 'split.csv', '--n', 12, '--steps', 2)
+    run = lambda *flags: evaluate.main(evaluate.get_args(['cycle', '--fake', str(fake), '--data', str(phantom), '--out', str(tmp_path / 'out'), '--cache', str(cache),
+                                                          '--repeats', '20', '--device', 'cpu', *flags]))
+    run('--split', str(tmp_path / 'split.csv'), '--train-steps', '120')
+    told = json.loads((tmp_path / 'out/metrics.json').read_text())
+    assert told['judge_slices'] >= 8 and told['metrics']['Dice, own masks']['floor'] > told['metrics']['Dice, shuffled masks']['floor']
+    assert len([m for m in told['metrics'] if m.startswith('lesions found')]) == 3 and (tmp_path / 'out/cycle.png').exists()
+    with pytest.raises(SystemExit) as e:
+        run()                                                                                 # one judge patient of three slices
+    assert e.value.code == 2 and '--split' in capsys.readouterr().err
+
+
+REFUSED = [('quality --fake {data} --data {data}', 'sample.json'), ('quality --fake {fake} --data none', '--data none'), ('quality --fake {fake}', '--data'),
+           ('quality --fake {fake} --data {data} --vgg-weights none.pth', 'none.pth'), ('quality --fake {fake} --data {data} --part train', '--part'),
+           ('quality --fake {fake} --data {data} --repeats 1', '--repeats'), ('quality --fake {fake} --data {data} --vgg-weights none', 'masks only'),
+           ('cycle --fake {fake} --data {data}', 'masks only'), ('control --fake {fake}', '--count'), ('none', 'quality'), ('', 'COMMAND')]
+
+
+@pytest.mark.parametrize('flags, words', REFUSED, ids=[f for f, _ in REFUSED])
+def test_refused(flags, words, trained, call, phantom, cache, tmp_path, capsys):
+    fake = call('sample', tmp_path / 'masks', '--seg', trained / 'seg', '--n', 2, '--seg-steps', 1)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as e:
+        evaluate.main(evaluate.get_args([*flags.format(fake=fake, data=phantom).split(), *(['--cache', str(cache)] if 'masks only' in words else [])]))
+    line = capsys.readouterr().err.strip().splitlines()
+    assert e.value.code == 2 and len(line) == 1 and words in line[0], line
