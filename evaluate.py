@@ -163,7 +163,7 @@ def memorisation(x, samples, train, held_out):
 
 def draw(rows, patients, g, resample):
     """Shuffled rows of a set; with `resample` those of as many patients drawn with replacement."""
-    if resample:
+    if resample and len(rows):
         names, inverse = np.unique(patients[rows], return_inverse=True)
         picked = torch.randint(len(names), (len(names),), generator=g).numpy()
         rows = np.concatenate([rows[inverse == p] for p in picked])
