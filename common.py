@@ -449,7 +449,7 @@ def crop(a, bounds, fill):
 
 def components(mask):
     """Connected pieces of a mask (H,W) or (Z,H,W), 8- or 26-connected: labels 1..n in the order of their first voxel."""
-    m = torch.as_tensor(np.ascontiguousarray(mask)) > 0
+    m = torch.from_numpy(np.array(mask)) > 0
     if not m.any():
         return np.zeros(mask.shape, np.int64), 0
     pool = F.max_pool2d if m.ndim == 2 else F.max_pool3d
