@@ -834,7 +834,7 @@ class CPUGroupNorm(torch.autograd.Function):
         b = -rstd.square() * mean_d(weight * gx_sum)
         c = -rstd * mean_d(weight * g_sum) - b * mean
         a, b, c = (v.to(x.dtype).repeat(1, W)[:, None] for v in (weight * rstd, b, c))
-        dx = torch.addcmul(torch.addcmul(c, x, b), g, a)
+        dx = torch.addcmul(c, x, b).addcmul_(g, a)
         return dx.view(B, H, W, C).permute(0, 3, 1, 2), gx_sum.sum(0), g_sum.sum(0), None, None
 
 
