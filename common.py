@@ -30,7 +30,9 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+import torch.nn.utils.parametrize as parametrize
 from PIL import Image, ImageDraw, ImageFont
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 nib.imageglobals.logger.setLevel('CRITICAL')            # what it finds wrong with a file is said by read_nifti, in one line
@@ -140,8 +142,8 @@ def has_bf16(device):
 
 
 def autocast(device, dtype):
-    """bf16 autocast for --dtype bf16, nothing for fp32. Losses, schedules and solver states stay in fp32 outside it."""
-    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == 'bf16')
+    """bf16 autocast for --dtype bf16 and pure-bf16, nothing for fp32. Losses, schedules and solver states stay in fp32 outside it."""
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype != 'fp32')
 
 
 def seed_of(*keys):
@@ -994,6 +996,7 @@ class UNet(nn.Module):
         if len(attention) != len(channels):
             fail(f'--attention has {len(attention)} levels, --channels {len(channels)}; give one 0 or 1 for each level')
         self.dims, self.scale, self.width, self.context_dim = dims, 2 ** (len(channels) - 1), channels[0], context_dim
+        self.checkpointing = False
         Conv = nn.Conv2d if dims == 2 else nn.Conv3d
         conv = lambda i, o, k=3, stride=1: Conv(i, o, k, stride, k // 2)
         groups = lambda c: math.gcd(c, norm_groups)
@@ -1044,12 +1047,14 @@ class UNet(nn.Module):
         if self.extra_embed is not None:
             emb = emb + self.extra_embed(extra)
         emb = F.silu(emb)
+        # --checkpointing: keep a block's input and compute the block again in the backward
+        run = lambda layer, *inputs: checkpoint(layer, *inputs, use_reentrant=False) if self.checkpointing and self.training else layer(*inputs)
 
         def level(block, h, skips=None, keep=None):
             for i, resnet in enumerate(block.resnets):
-                h = resnet(h if skips is None else torch.cat([h, skips.pop()], 1), emb)
+                h = run(resnet, h if skips is None else torch.cat([h, skips.pop()], 1), emb)
                 if len(block.attentions):
-                    h = block.attentions[i](h, context)
+                    h = run(block.attentions[i], h, context)
                 if keep is not None:
                     keep.append(h)
             if 'resample' in block:
@@ -1063,7 +1068,7 @@ class UNet(nn.Module):
         for block in self.down_blocks:
             h = level(block, h, keep=skips)
         mid = self.middle_block
-        h = mid.resnet_2(mid.attention(mid.resnet_1(h, emb), context), emb)
+        h = run(mid.resnet_2, run(mid.attention, run(mid.resnet_1, h, emb), context), emb)
         for block in self.up_blocks:
             h = level(block, h, skips)
         return self.out(h)
@@ -1096,10 +1101,116 @@ def load_monai(state_dict):
     return out
 
 
+class TwoFour(nn.Module):
+    """A weight whose forward value is 2:4 sparse: of every four weights along the reduction dimension the two largest stay.
+
+    The gradient goes to all four as it is (straight through). dense = 1 switches it off: the dense tail of a training.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer('dense', torch.zeros(()))
+
+    def mask(self, w):
+        """1 where a weight stays; ties go to the earlier one. w (O,I) or (O,I,...), I a multiple of 4."""
+        size = w.detach().abs().transpose(1, -1).unflatten(-1, (-1, 4))
+        bigger = (size[..., None, :] > size[..., :, None]).sum(-1)                 # how many of the four are larger
+        before = torch.ones(4, 4, device=w.device).tril(-1).bool()
+        bigger = bigger + ((size[..., None, :] == size[..., :, None]) & before).sum(-1)
+        return (bigger < 2).to(w.dtype).flatten(-2).transpose(1, -1)
+
+    def forward(self, w):
+        return w + (w * self.mask(w).maximum(self.dense.to(w.dtype)) - w).detach()
+
+
+def sparsify(net):
+    """Gives every linear and convolution whose rows are a multiple of 4 a 2:4 sparse weight (--sparse24). Returns net."""
+    layers = [m for m in net.modules() if isinstance(m, (nn.Linear, nn.Conv2d, nn.Conv3d))]
+    fit = [m for m in layers if m.weight.shape[1] % 4 == 0]
+    for m in fit:
+        parametrize.register_parametrization(m, 'weight', TwoFour())
+    print0(f'2:4 sparsity: {len(fit)} of {len(layers)} linears and convolutions, skipped {len(layers) - len(fit)}: rows not a multiple of 4')
+    return net
+
+
+def sparse_layers(net):
+    """(dense weight, its TwoFour) of each sparse layer."""
+    return [(m.parametrizations.weight.original, m.parametrizations.weight[0]) for m in net.modules() if parametrize.is_parametrized(m, 'weight')]
+
+
 def build_net(args, in_channels, out_channels, extra_dim=0):
     """The network that the flags (or a stored run's) describe."""
-    return UNet(in_channels, out_channels, tuple(args.channels), tuple(args.attention), args.layers, args.head_channels,
-                TOKEN if args.controllable else None, extra_dim=extra_dim, norm_groups=args.norm_groups)
+    net = UNet(in_channels, out_channels, tuple(args.channels), tuple(args.attention), args.layers, args.head_channels,
+               TOKEN if args.controllable else None, extra_dim=extra_dim, norm_groups=args.norm_groups)
+    net.checkpointing = args.checkpointing
+    return sparsify(net) if args.sparse24 else net
+
+
+def cut_block(block, keep):
+    """Takes channels out of the inside of a residual block, in place: keep (K,) says which stay, whole groups of its second norm,
+    so that the statistics of the others stay as they were."""
+    size = block.norm2.num_channels // block.norm2.num_groups
+    for layer, dim in ((block.conv1, 0), (block.time, 0), (block.norm2, 0), (block.conv2, 1)):
+        layer.weight = nn.Parameter(layer.weight.detach().index_select(dim, keep))
+        if dim == 0:
+            layer.bias = nn.Parameter(layer.bias.detach()[keep])
+    block.conv1.out_channels = block.time.out_features = block.conv2.in_channels = block.norm2.num_channels = len(keep)
+    block.norm2.num_groups = len(keep) // size
+
+
+def fit_pruned(net, weights):
+    """Narrows the residual blocks of a new network to those of a pruned one's weights, so that they can be loaded."""
+    for name, block in net.named_modules():
+        key = f'{name}.conv1.weight'
+        if isinstance(block, ResBlock) and key in weights and len(weights[key]) < block.conv1.out_channels:
+            cut_block(block, torch.arange(len(weights[key])))
+
+
+def prune(net, process, args, x_0, mask=None, context=None, extra=None):
+    """Drops a share --prune of the parameters, of those that matter least, in place. What follows trains the rest on.
+
+    magnitude: |w|. taylor: |w dL/dw|, the loss summed over 20 times with one noise, without those whose loss is below 5 % of the largest
+    (Fang 2023, Diff-Pruning, 2305.10924, eq. 8; as a mask, since the loss of v is large at both ends). weights: the smallest become
+    zero. channels: whole norm groups inside the residual blocks go, by the mean over what hangs on them, until the share is reached.
+    """
+    if args.prune_by == 'taylor':
+        noise, ts = torch.randn(x_0.shape, generator=generator('prune')), process.times(min(20, args.steps or 20))[:-1]
+        loss = lambda t: process.loss(net, x_0, noise, t.expand(len(x_0)), mask, context, extra)[0].mean()
+        with torch.no_grad():
+            levels = torch.stack([loss(t) for t in ts])
+        for t in ts[levels > 0.05 * levels.max()]:
+            loss(t).backward()
+    with torch.no_grad():
+        score = lambda p: (p * p.grad if args.prune_by == 'taylor' else p).abs()
+        total, dropped = sum(p.numel() for p in net.parameters()), 0
+        if args.prune_how == 'weights':
+            layers = [m for m in net.modules() if isinstance(m, (nn.Linear, nn.Conv2d, nn.Conv3d))][1:-1]      # not the first, not the last
+            cut = torch.cat([score(m.weight).flatten() for m in layers]).kthvalue(round(args.prune * sum(m.weight.numel() for m in layers))).values
+            for m in layers:
+                m.weight *= score(m.weight) > cut
+                dropped += int((m.weight == 0).sum())
+        else:
+            groups, left = [], {}
+            for name, b in net.named_modules():
+                if isinstance(b, ResBlock):
+                    n = left[name] = b.norm2.num_groups
+                    rows = [score(p).reshape(n, -1) for p in (b.conv1.weight, b.conv1.bias, b.time.weight, b.time.bias, b.norm2.weight, b.norm2.bias)]
+                    rows = torch.cat([*rows, score(b.conv2.weight).transpose(0, 1).reshape(n, -1)], 1)
+                    groups += [(float(v), name, i, rows.shape[1]) for i, v in enumerate(rows.mean(1))]
+            gone = {name: set() for name in left}
+            for _, name, i, cost in sorted(groups):
+                if dropped < args.prune * total and len(gone[name]) + 1 <= 0.75 * left[name]:
+                    gone[name].add(i)
+                    dropped += cost
+            if dropped < args.prune * total:
+                fail(f'--prune {args.prune:g}: at most {dropped / total:.2f} of this network is inside its residual blocks; ask for less')
+            for name, b in net.named_modules():
+                if gone.get(name):
+                    keep = torch.arange(b.norm2.num_channels).view(left[name], -1)[[i for i in range(left[name]) if i not in gone[name]]]
+                    cut_block(b, keep.flatten())
+    net.zero_grad(set_to_none=True)
+    print0(f'pruned: {dropped} of {total} parameters ({dropped / total:.1%}) by {args.prune_by}, '
+           + ('set to zero' if args.prune_how == 'weights' else f'removed from {sum(map(bool, gone.values()))} of {len(gone)} residual blocks'))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1113,10 +1224,19 @@ def like(value, x):
     return value.reshape(-1, *(1,) * (x.ndim - 1)) if torch.is_tensor(value) else value
 
 
+def quantile(density, u, centre, width):
+    """log-SNR at quantile 1 - u of a Laplace or Cauchy density (Hang 2024, table 1): falls as u, the share of noise, rises."""
+    if density == 'laplace':
+        return centre - width * torch.sign(0.5 - u) * torch.log1p(-2 * (u - 0.5).abs())
+    return centre + width * torch.tan(math.pi / 2 * (1 - 2 * u))
+
+
 class Process:
     """What DDPM and RFlow share. steps: the time grid {1..steps}/steps of the training (0: continuous)."""
 
     range = (-1.0, 1.0)                         # of x_0 inside the process; (0, 1) for networks from elsewhere (--init-range)
+    density, centre, width, mix = 'uniform', 0.0, 1.0, 0.0     # of training times: see draw_t
+    shift = 1.0                                 # of the sampling times of a network trained with --progressive
 
     def to_range(self, x):
         """From the data's [-1, 1] to the process's range."""
@@ -1125,10 +1245,26 @@ class Process:
     def from_range(self, x):
         return (x - self.range[0]) * (2 / (self.range[1] - self.range[0])) - 1 if self.range != (-1.0, 1.0) else x
 
-    def draw_t(self, n, g, logit_normal=False):
-        """n training times in (0, 1], on the grid if there is one. Logit-normal: sigmoid(N(0,1)) (Esser 2024, eq. 19)."""
-        t = torch.randn(n, generator=g).sigmoid() if logit_normal else 1 - torch.rand(n, generator=g)
+    def draw_t(self, n, g, window=(0.0, 1.0), shift=1.0):
+        """n training times in (0, 1], on the grid if there is one.
+
+        density: uniform in t, inside the window (a, b] | logit-normal: t = sigmoid(N(0,1)) (Esser 2024, eq. 19) | laplace, cauchy: of
+        log-SNR, by centre and width (Hang 2024, 2407.03297), of which a share `mix` is uniform over log-SNR -10 to 10 instead: the
+        densities alone leave fine texture, at high log-SNR, untrained. shift A: the same for an image of A times the side.
+        """
+        if self.density == 'logit-normal':
+            t = torch.randn(n, generator=g).sigmoid()
+        elif self.density == 'uniform':
+            t = window[0] + (window[1] - window[0]) * (1 - torch.rand(n, generator=g))
+        else:
+            u, v, even = torch.rand(3, n, generator=g, dtype=torch.float64).clamp(1e-9, 1 - 1e-9)
+            t = self.time_of(torch.where(even < self.mix, 20 * v - 10, quantile(self.density, u, self.centre, self.width)).clamp(-15, 15)).float()
+        t = self.shifted(t, shift)
         return torch.ceil(t * self.steps).clamp(1, self.steps) / self.steps if self.steps else t
+
+    def shifted(self, t, a):
+        """t of the noise that an image of a times the side needs for the same difficulty: log-SNR - 2 log a (Hoogeboom 2023, eq. 9)."""
+        return t if a == 1 else self.time_of(self.log_snr(t, torch.float64) - 2 * math.log(a)).to(t.dtype)
 
     def times(self, n, grid='time', shift=1.0):
         """n+1 decreasing solver times from 1 to 0, on the grid that the network was trained on.
@@ -1171,12 +1307,13 @@ class Process:
         return torch.minimum(self.alpha(t) ** 2, gamma * self.sigma(t) ** 2)      # = min(SNR, gamma) sigma^2
 
     def loss(self, net, x_0, eps, t, mask=None, context=None, extra=None, min_snr=0.0):
-        """Per image: weighted loss (B,), plain squared error (B,), and x0_hat (B,C,...), for noise eps at times t (B,)."""
+        """Weighted loss of each image (B,), plain squared error and x0_hat (B,C,...), for noise eps at times t (B,)."""
         a, s = like(self.alpha(t), x_0), like(self.sigma(t), x_0)
         x_t = a * x_0 + s * eps
         out = net(x_t if mask is None else torch.cat([x_t, mask], 1), self.net_time(t), context, extra).float()
-        error = (out - self.target_of(x_0, eps, t)).square().flatten(1).mean(1)
-        return error * self.min_snr(t, min_snr) if min_snr else error, error, self.split(out, x_t, a, s)[0]
+        square = (out - self.target_of(x_0, eps, t)).square()
+        error = square.flatten(1).mean(1)
+        return error * self.min_snr(t, min_snr) if min_snr else error, square, self.split(out, x_t, a, s)[0]
 
 
 class DDPM(Process):
@@ -1260,6 +1397,9 @@ class RFlow(Process):
         """The inverse of log_snr, in fp64."""
         return torch.sigmoid(-torch.as_tensor(log_snr).double() / 2)
 
+    def shifted(self, t, a):
+        return a * t / (1 + (a - 1) * t)
+
     def net_time(self, t):
         return t
 
@@ -1270,9 +1410,18 @@ class RFlow(Process):
         return x_t - s * out, x_t + a * out
 
 
+WIDTHS = {'laplace': 0.5, 'cauchy': 1.0}                # densities of log-SNR for --schedule: their usual width
+
+
 def build_process(args):
-    process = RFlow(args.steps) if args.rflow else DDPM(args.steps, args.schedule, args.target)
+    density = args.schedule in WIDTHS and args.schedule
+    process = RFlow(args.steps) if args.rflow else DDPM(args.steps, 'cosine' if density else args.schedule, args.target)
     process.range = tuple(args.init_range or (-1.0, 1.0))
+    process.density = 'logit-normal' if args.logit_normal else density or 'uniform'
+    if density:
+        process.centre, process.width, process.mix = args.schedule_centre, args.schedule_width, args.uniform_mix
+    if args.progressive:
+        process.shift = args.progressive[-1] / args.progressive[0]
     return process
 
 
@@ -1599,7 +1748,7 @@ PRESETS = {
                  batch_size=4, lr=1e-3, warmup=1, iters=4),
 }
 # May differ when a run goes on; everything else must be as it was.
-FREE = {'device', 'dtype', 'compile', 'out', 'save_every', 'sample_every', 'keep_every', 'cache', 'data', 'minutes', 'lr_find',
+FREE = {'device', 'dtype', 'compile', 'checkpointing', 'dry_run', 'out', 'save_every', 'sample_every', 'keep_every', 'cache', 'data', 'minutes', 'lr_find',
         'perceptual_weights', 'lpips_weights', 'init', 'split'}
 
 
@@ -1623,15 +1772,27 @@ def train_parser(doc, out):
     g.add_argument('--head-channels', type=number(int, 1), help='channels of an attention head; none: the preset\'s')
     g.add_argument('--norm-groups', type=number(int, 1), help='groups of GroupNorm (MONAI: 32); none: the preset\'s')
     g.add_argument('--slice-level', action='store_true', help='condition on the level of the slice, 0 lowest to 1 highest')
+    g.add_argument('--checkpointing', action='store_true', help='recompute each block in the backward: less memory, a third more time')
+    g.add_argument('--sparse24', action='store_true', help='2:4 sparsity: two of four weights are zero, SR-STE training')
+    g.add_argument('--dense-tail', type=number(float, 0, 1), default=0.0, metavar='F', help='with --sparse24: the last share of the training is dense')
+    g.add_argument('--prune', type=number(float, 0, 0.9), default=0.0, metavar='R', help='with --init: drop this share of its weights, train on; 0: off')
+    g.add_argument('--prune-by', choices=('magnitude', 'taylor'), help='what is dropped: the smallest, or what changes the loss least; none: taylor')
+    g.add_argument('--prune-how', choices=('weights', 'channels'), help='weights: set to zero; channels: removed, so that it is faster; none: channels')
     g = p.add_argument_group('process')
     g.add_argument('--rflow', action='store_true', help='rectified flow instead of DDPM')
     g.add_argument('--steps', type=number(int, 0, 100_000), help='time grid; none: 1000 for DDPM, 0 = continuous for --rflow')
-    g.add_argument('--schedule', choices=('linear', 'cosine'), default='cosine', help='of DDPM')
+    g.add_argument('--schedule', choices=('linear', 'cosine', *WIDTHS), default='cosine',
+                   help='linear, cosine: of DDPM; laplace, cauchy: train on such a density of log-SNR (DDPM stays cosine)')
+    g.add_argument('--schedule-centre', type=number(float, -10, 10), help='of that density, log-SNR; none: 0')
+    g.add_argument('--schedule-width', type=number(float, 0, open_low=True), help='of that density; none: laplace 0.5, cauchy 1')
+    g.add_argument('--uniform-mix', type=number(float, 0, 1), help='share of times that is uniform in log-SNR instead; none: 0.15')
     g.add_argument('--target', choices=('eps', 'v', 'x0'), default='eps', help='of DDPM; RFlow predicts v = eps - x_0')
     g.add_argument('--logit-normal', action='store_true', help='draw t as sigmoid(N(0,1)) instead of uniformly')
+    g.add_argument('--curriculum', type=number(int, 0), default=0, metavar='N', help='train on the easiest of N ranges of t first, add the others one by one; 0: off')
     g = p.add_argument_group('training')
     g.add_argument('--iters', type=number(int, 0), help='optimiser steps; none: the preset\'s length')
     g.add_argument('--minutes', type=number(float, 0, open_low=True), help='length by time: 20 steps are timed, then it is fixed')
+    g.add_argument('--progressive', type=numbers(int, 8, 4096), metavar='S,S', help='sizes to train at in turn, as 64,128,256; none: --size alone')
     g.add_argument('--batch-size', type=number(int, 1), help='images a step, over all processes; none: the preset\'s')
     g.add_argument('--accumulate', type=number(int, 1), default=1, help='parts that a process cuts its batch into')
     g.add_argument('--lr', type=number(float, 0, open_low=True), help='peak learning rate; none: the preset\'s')
@@ -1649,8 +1810,11 @@ def train_parser(doc, out):
     g.add_argument('--out', default=out, metavar='DIR', help='run folder; the same command again resumes')
     g.add_argument('--seed', type=number(int, 0), default=0)
     g.add_argument('--device', choices=('auto', 'cpu', 'cuda'), default='auto')
-    g.add_argument('--dtype', choices=('auto', 'bf16', 'fp32'), default='auto', help='bf16: autocast; auto: where it is fast')
+    g.add_argument('--dtype', choices=('auto', 'bf16', 'fp32', 'pure-bf16'), default='auto',
+                   help='bf16: autocast; auto: where it is fast; pure-bf16: weights, gradients and moments too')
+    g.add_argument('--kahan', action='store_true', help='pure-bf16: compensated sums (10 bytes a parameter) instead of stochastic rounding (8)')
     g.add_argument('--compile', action='store_true', help='torch.compile the network')
+    g.add_argument('--dry-run', action='store_true', help='print parameters, FLOPs, memory and time, train nothing')
     g.add_argument('--save-every', type=number(int, 1), default=250, help='steps between checkpoints')
     g.add_argument('--keep-every', type=number(int, 0), default=0, help='also keep every N-th step as ckpt_STEP.pt; 0: none')
     g.add_argument('--sample-every', type=number(int, 0), default=0, help='steps between pictures; 0: a quarter of the run')
@@ -1666,6 +1830,12 @@ def finish_args(args):
         preset.pop('iters', None), preset.pop('minutes', None)
     if args.iters is not None and args.minutes is not None:
         fail('--iters and --minutes both set the length; give one')
+    if args.progressive:
+        if list(args.progressive) != sorted({*args.progressive}) or len(args.progressive) < 2:
+            fail(f'--progressive {",".join(map(str, args.progressive))}: expected two or more rising sizes, as 64,128')
+        if args.size not in (None, args.progressive[-1]):
+            fail(f'--size {args.size}: --progressive ends at {args.progressive[-1]}; leave --size away')
+        args.size = args.progressive[-1]
     for name, value in preset.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -1679,14 +1849,38 @@ def finish_args(args):
         args.target = 'v'
     if args.logit_normal and not args.rflow:
         fail('--logit-normal: only with --rflow')
+    if args.schedule in WIDTHS:
+        args.schedule_centre = args.schedule_centre or 0.0
+        args.schedule_width = args.schedule_width or WIDTHS[args.schedule]
+        args.uniform_mix = 0.15 if args.uniform_mix is None else args.uniform_mix
+    for name in ('schedule_centre', 'schedule_width', 'uniform_mix'):
+        if getattr(args, name) is not None and args.schedule not in WIDTHS:
+            fail(f'--{name.replace("_", "-")} {getattr(args, name):g}: is of --schedule laplace or cauchy; add one')
+    dense = [f'--{k}' for k, on in (('logit-normal', args.logit_normal), ('schedule ' + args.schedule, args.schedule in WIDTHS),
+                                    ('curriculum', args.curriculum)) if on]
+    if len(dense) > 1:
+        fail(f'{" and ".join(dense)}: each says which t are trained on; give one')
+    if args.dense_tail and not args.sparse24:
+        fail(f'--dense-tail {args.dense_tail:g}: does nothing without --sparse24')
+    if args.prune and not args.init:
+        fail(f'--prune {args.prune:g}: makes a trained network smaller; add --init RUN')
+    for name, usual in (('prune_by', 'taylor'), ('prune_how', 'channels')):
+        if getattr(args, name) and not args.prune:
+            fail(f'--{name.replace("_", "-")} {getattr(args, name)}: does nothing without --prune R')
+        setattr(args, name, getattr(args, name) or (args.prune and usual) or None)
+    if args.prune and args.sparse24:
+        fail('--prune and --sparse24: both choose the weights that are zero; give one')
+    if args.kahan and args.dtype != 'pure-bf16':
+        fail('--kahan: does nothing without --dtype pure-bf16')
     if len(args.attention) != len(args.channels):
         fail(f'--attention has {len(args.attention)} levels, --channels {len(args.channels)}; give one 0 or 1 for each level')
     for level, (c, a) in enumerate(zip(args.channels, args.attention)):
         if (a or level == len(args.channels) - 1) and c % min(args.head_channels, c):
             fail(f'--head-channels {args.head_channels}: does not divide the {c} channels of attention level {level + 1}')
     step = 2 ** (len(args.channels) - 1)
-    if args.size % step:
-        fail(f'--size {args.size}: {len(args.channels)} levels need a multiple of {step}')
+    for size in args.progressive or (args.size,):
+        if size % step:
+            fail(f'--{"progressive" if args.progressive else "size"} {size}: {len(args.channels)} levels need a multiple of {step}')
     parts = args.accumulate * int(os.environ.get('WORLD_SIZE', 1))
     if args.batch_size % parts:
         fail(f'--batch-size {args.batch_size}: must be a multiple of processes x --accumulate = {parts}')
@@ -1716,23 +1910,144 @@ class EMA:
     """Average of the weights in fp32: decay min(decay, (1 + n)/(10 + n)) at update n, buffers copied (Ho 2020, with warm-up)."""
 
     def __init__(self, net, decay):
-        self.net, self.decay, self.updates = copy.deepcopy(net).eval().requires_grad_(False), decay, 0
+        self.net, self.decay, self.updates = copy.deepcopy(net).float().eval().requires_grad_(False), decay, 0
 
     @torch.no_grad()
     def update(self, net):
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(list(self.net.parameters()), [p.detach() for p in net.parameters()], 1 - decay)
+        torch._foreach_lerp_(list(self.net.parameters()), [p.detach().float() for p in net.parameters()], 1 - decay)
         for mine, theirs in zip(self.net.buffers(), net.buffers()):
             mine.copy_(theirs)
 
 
+def stochastic(x, g):
+    """fp32 -> bf16, up or down with the probabilities that make the mean exact: random bits below the cut, then cut."""
+    noise = torch.randint(0, 1 << 16, x.shape, dtype=torch.int32, generator=g, device=x.device)
+    return ((x.view(torch.int32) + noise) & -65536).view(torch.float32).bfloat16()
+
+
+class PureBF16(torch.optim.Optimizer):
+    """AdamW (Loshchilov 2019) whose weights, gradients and moments are all bf16: 8 bytes a parameter, no fp32 copy.
+
+    An update is computed in fp32 and written back with stochastic rounding: to nearest, a change below 2^-9 of a weight would be
+    lost every time. kahan: the weight's lost part is kept in a bf16 tensor of its own instead (10 bytes). The random bits follow
+    from (seed, step), so that replicas stay equal.
+    """
+
+    def __init__(self, params, lr, weight_decay, seed, kahan=False, betas=(0.9, 0.999), eps=1e-8):
+        super().__init__(params, dict(lr=lr))
+        self.decay, self.seed, self.kahan, self.betas, self.eps = weight_decay, seed, kahan, betas, eps
+
+    @torch.no_grad()
+    def step(self):
+        (b1, b2), g = self.betas, None
+        for group in self.param_groups:
+            for p in (p for p in group['params'] if p.grad is not None):
+                s = self.state[p]
+                if not s:
+                    s.update(step=0, m=torch.zeros_like(p), v=torch.zeros_like(p), **({'lost': torch.zeros_like(p)} if self.kahan else {}))
+                s['step'] += 1
+                g = g or generator(self.seed, 'rounding', s['step'], device=p.device)
+                grad = p.grad.float()
+                m, v = s['m'].float().lerp_(grad, 1 - b1), s['v'].float().mul_(b2).addcmul_(grad, grad, value=1 - b2)
+                s['m'].copy_(stochastic(m, g)), s['v'].copy_(stochastic(v, g))
+                change = m / (1 - b1 ** s['step']) / ((v / (1 - b2 ** s['step'])).sqrt_().add_(self.eps))
+                change = -group['lr'] * (change + self.decay * p.float())
+                if self.kahan:
+                    change += s['lost'].float()
+                    old = p.float()
+                    p.copy_(old + change)
+                    s['lost'].copy_(change - (p.float() - old))
+                else:
+                    p.copy_(stochastic(p.float() + change, g))
+
+
+SR_STE = 0.02       # decay of the weights outside a 2:4 mask: 2e-4 at SGD's usual lr of 0.1 (Zhou 2021) is as much a step as this at 1e-3
+
+
+def build_optimizer(net, args):
+    """AdamW, or its pure bf16 form, and what --sparse24 and --prune do after each of its steps; says what each flag changed."""
+    if args.dtype == 'pure-bf16':
+        opt = PureBF16(net.parameters(), args.lr, args.weight_decay, args.seed, args.kahan)
+        count = sum(p.numel() for p in net.parameters())
+
+        def tell(opt, *_):
+            tensors = [v for p in net.parameters() for v in (p, p.grad, *opt.state[p].values()) if torch.is_tensor(v)]
+            print0(f'pure bf16: {sum(v.numel() * v.element_size() for v in tensors) / count:.2f} bytes a parameter for weights, gradients and '
+                   'moments (AMP: 16), the average of the weights apart')
+            once.remove()
+
+        once = opt.register_step_post_hook(tell)
+    else:
+        opt = torch.optim.AdamW(net.parameters(), args.lr, weight_decay=args.weight_decay, fused=True)
+    if args.sparse24:
+        @torch.no_grad()
+        def decay(opt, *_):                                  # SR-STE, apart from the gradient, as Adam would take its size away
+            for w, sparse in sparse_layers(net):
+                w -= opt.param_groups[0]['lr'] * SR_STE * (1 - sparse.mask(w)) * (1 - sparse.dense.to(w.dtype)) * w
+        opt.register_step_post_hook(decay)
+    if args.prune and args.prune_how == 'weights':
+        masks = [(p, p.detach() != 0) for p in net.parameters() if p.ndim > 1]
+
+        @torch.no_grad()
+        def still_zero(*_):                                  # the moments would bring pruned weights back
+            for p, mask in masks:
+                p *= mask
+        opt.register_step_post_hook(still_zero)
+    return opt
+
+
+class Curriculum:
+    """Which t are trained on: the easiest of N ranges at first, one more whenever the loss no longer falls (Kim 2024, 2403.10348).
+
+    Easy is much noise for eps and v, whose loss there settles first, and little noise for x0. A range is added when the mean loss over
+    `check` steps has fallen by less than 1 % since the last check, and after PATIENCE checks at the latest: half the training at most
+    goes by before all t are in. Its state is a list of numbers, kept in the checkpoint.
+    """
+
+    PATIENCE = 4
+
+    def __init__(self, args):
+        self.n, self.args, self.state = args.curriculum, args, [1, 0, 0.0, 0, math.inf]        # ranges, checks, sum, count, last mean
+        if self.n:
+            print0(f'curriculum: {self.n} ranges of t, from {"little" if args.target == "x0" else "much"} noise on, the easy end for {args.target}')
+
+    @property
+    def window(self):
+        share = self.state[0] / self.n if self.n else 1.0
+        return (0.0, share) if self.args.target == 'x0' else (1.0 - share, 1.0)
+
+    def add(self, losses, step):
+        """Losses of the steps since the last call; decides after each `check` steps, a multiple of 20, when all of them are in."""
+        ranges, checks, total, count, last = self.state
+        if not self.n or ranges == self.n:
+            return
+        total, count, check = total + sum(losses), count + len(losses), max(self.args.iters // (2 * self.n * self.PATIENCE) // 20 * 20, 20)
+        if step % check == 0:
+            mean, checks = total / count, checks + 1
+            if mean > 0.99 * last or checks == self.PATIENCE:
+                ranges, checks, mean = ranges + 1, 0, math.inf
+                print0(f'curriculum: {ranges} of {self.n} ranges from step {step} on')
+            total, count, last = 0.0, 0, mean
+        self.state = [ranges, checks, total, count, last]
+
+
+def stage_of(step, args):
+    """Which size of --progressive a step trains at, and the stage's first step: as many steps at each. Before the length is
+    known the sizes take turns, so that iters_for times them all."""
+    n = len(args.progressive or (0,))
+    stage = min(step * n // args.iters, n - 1) if args.iters else step % n
+    return stage, -(-stage * args.iters // n) if args.iters else 0
+
+
 def lr_at(step, args):
-    """Linear warm-up to --lr, then half a cosine down to a hundredth of it at --iters (Loshchilov 2017)."""
+    """Linear warm-up to --lr, then half a cosine down to a hundredth of it at --iters (Loshchilov 2017); warmed up again at each
+    further size of --progressive."""
     if step < args.warmup:
         return args.lr * (step + 1) / args.warmup
     q = (step - args.warmup) / max(args.iters - args.warmup, 1)
-    return args.lr * (0.01 + 0.99 * (1 + math.cos(math.pi * q)) / 2)
+    return args.lr * (0.01 + 0.99 * (1 + math.cos(math.pi * q)) / 2) * min(1, (step - stage_of(step, args)[1] + 1) / max(args.warmup, 1))
 
 
 @contextlib.contextmanager
@@ -1805,6 +2120,33 @@ def iters_for(minutes, train_step, net, opt, device, lr):
     iters = max(int(minutes * 60 / float(seconds)), 1)
     print0(f'{float(seconds):.3f} s a step: {iters} steps in {minutes:g} minutes')
     return iters
+
+
+def dry_run(net, train_step, opt, args):
+    """Prints what a training costs, from two real steps that are undone: parameters, FLOPs, memory, time."""
+    from torch.utils.flop_counter import FlopCounterMode
+    kept, own = {}, {p.untyped_storage().data_ptr() for p in net.parameters()}
+
+    def pack(v):
+        if v.untyped_storage().data_ptr() not in own:
+            kept[v.untyped_storage().data_ptr()] = v.untyped_storage().nbytes()
+        return v
+
+    with rehearsal(net, opt):
+        with FlopCounterMode(display=False) as flops, torch.autograd.graph.saved_tensors_hooks(pack, lambda v: v):
+            float(train_step(0, args.lr)[0])
+        n = sum(p.numel() for p in net.parameters())
+        state = sum(v.numel() * v.element_size() for p in net.parameters() for v in (p, p, *opt.state[p].values()) if torch.is_tensor(v)) + 4 * n
+        start = time.perf_counter()
+        for i in range(4):
+            if i == 1:
+                start = time.perf_counter()
+            float(train_step(i, args.lr)[0])
+        seconds = (time.perf_counter() - start) / 3
+    iters = args.iters if args.iters is not None else max(int(args.minutes * 60 / seconds), 1)
+    print0(f'dry run: {n / 1e6:.2f} M parameters; {flops.get_total_flops() * world() / 1e9:.4g} GFLOP a step of {args.batch_size}; '
+           f'{state / 1e6:.0f} MB for weights, gradients, moments and average, {sum(kept.values()) / 1e6:.0f} MB kept for the backward; '
+           f'{seconds:.3f} s a step, {iters} steps in {iters * seconds / 60:.1f} minutes. Nothing was trained')
 
 
 def batch_rows(n, batch, step, seed):
@@ -1896,6 +2238,8 @@ def open_run(args):
         new['iters'] = old['iters']
     if old['script'] != args.script:
         fail(f'--out {out}: holds a run of train_{old["script"]}.py; choose another --out')
+    if (old['dtype'] == 'pure-bf16') != (args.dtype == 'pure-bf16'):
+        fail(f'--dtype {args.dtype}: the run in {out} was trained with {old["dtype"]}, which keeps other weights; choose another --out')
     changed = [k for k in sorted({*old, *new} - FREE) if old.get(k) != new.get(k)]
     if changed:
         told = ', '.join(f'--{k.replace("_", "-")} {new.get(k)} (was {old.get(k)})' for k in changed[:4])
@@ -1931,7 +2275,11 @@ def load_init(net, args):
             fail(f'--init {args.init}: is no state dict of MONAI\'s DiffusionModelUNet (at {e})')
         if args.init_target == 'x0-eps' and 'out.2.weight' in weights:                        # MONAI's RFlow predicts x_0 - eps: turn the last layer round
             weights['out.2.weight'], weights['out.2.bias'] = -weights['out.2.weight'], -weights['out.2.bias']
+    weights = {k.replace('parametrizations.weight.original', 'weight'): v for k, v in weights.items() if not k.endswith('weight.0.dense')}
+    fit_pruned(net, weights)
     mine, first = net.state_dict(), weights.get('conv_in.weight')
+    names = {k.replace('parametrizations.weight.original', 'weight'): k for k in mine}              # of a 2:4 network's dense weights
+    weights = {names.get(k, k): v for k, v in weights.items()} | {k: v for k, v in mine.items() if k.endswith('weight.0.dense')}
     if args.p_uncond and first is not None and first.ndim == 4 and first.shape[1] == mine['conv_in.weight'].shape[1] - 1:
         weights['conv_in.weight'] = F.pad(first, (0, 0, 0, 0, 0, 1))                          # mask-present starts without effect
     wrong = [f'{k} is {tuple(weights[k].shape) if k in weights else "missing"}, here {tuple(v.shape)}' for k, v in mine.items()
@@ -1943,6 +2291,9 @@ def load_init(net, args):
     print0(f'init: {len(mine)} tensors from {args.init}')
 
 
+YOUNGER = dict(p_uncond=0.0, controllable=False, sparse24=False, checkpointing=False, progressive=None)     # than some runs
+
+
 def load_run(path, device='cpu', dtype='fp32', weights='ema'):
     """A trained network for any script: net (eval), process, args, step, box, spacing, hash. path: run folder or checkpoint.
 
@@ -1951,11 +2302,12 @@ def load_run(path, device='cpu', dtype='fp32', weights='ema'):
     state = load_checkpoint(path)
     if not isinstance(state, dict) or not {'args', 'ema', 'box', 'in_channels'} <= state.keys():
         fail(f'{path}: is not a run of train_seg.py or train_bravo.py')
-    args = argparse.Namespace(**{'p_uncond': 0.0, 'controllable': False, **state['args']})            # younger than some runs
+    args = argparse.Namespace(**{**YOUNGER, **state['args']})
     net = build_net(args, state['in_channels'], state['out_channels'], state['extra_dim'])
     tensors = state.get(weights if weights == 'ema' else 'net')
     if tensors is None:
         fail(f'{path}: holds no {weights} weights; use --weights ema')
+    fit_pruned(net, tensors)
     net.load_state_dict(tensors)
     digest = hashlib.sha256(b''.join(v.float().numpy().tobytes() for v in tensors.values())).hexdigest()[:12]
     args.dtype = dtype
@@ -1967,16 +2319,29 @@ def load_run(path, device='cpu', dtype='fp32', weights='ema'):
 LOSS_BINS = torch.linspace(-10, 10, 21)               # of log-SNR; the outermost are open
 
 
+REGIONS = ('all', 'tumour', 'background')
+
+
 class LossByT:
-    """Unweighted squared error by log-SNR: sums and counts, training and held-out, kept through a resume."""
+    """Unweighted squared error by log-SNR and region: sums and counts, training and held-out, kept through a resume."""
 
     def __init__(self, device):
-        self.sums = torch.zeros(2, 2, len(LOSS_BINS) - 1, dtype=torch.float64, device=device)   # (train|held-out, sum|count, bin)
+        self.sums = torch.zeros(2, 3, 2, len(LOSS_BINS) - 1, dtype=torch.float64, device=device)   # (train|held-out, region, sum|count, bin)
 
-    def add(self, which, log_snr, error):
+    def add(self, which, log_snr, square, mask=None):
+        """square (B,C,...) of images at log_snr (B,); mask (B,1,...) in {0,1} splits each into tumour, where it has one, and the rest."""
         bins = torch.bucketize(log_snr, LOSS_BINS.to(log_snr.device)[1:-1])
-        self.sums[which, 0].index_add_(0, bins, error.double())
-        self.sums[which, 1].index_add_(0, bins, torch.ones_like(error, dtype=torch.float64))
+        means = [square.flatten(1).mean(1)]
+        if mask is not None:
+            means += [(square * m).flatten(1).sum(1) / (m.flatten(1).sum(1) * square.shape[1]) for m in (mask, 1 - mask)]
+        for region, error in enumerate(means):
+            there = ~error.isnan() if region else torch.ones_like(error, dtype=torch.bool)             # nan: an image without a tumour
+            self.sums[which, region, 0].index_add_(0, bins, torch.where(there, error, 0).double())
+            self.sums[which, region, 1].index_add_(0, bins, there.double())
+
+    def held_out(self):
+        """Mean held-out error over all t."""
+        return float(self.sums[1, 0, 0].sum() / self.sums[1, 0, 1].sum())
 
     def merge(self):
         """Brings the processes' sums together in the first one."""
@@ -1986,9 +2351,10 @@ class LossByT:
 
     def write(self, path):
         total = self.sums.cpu()
-        rows = [(name, f'{LOSS_BINS[b]:g}', f'{LOSS_BINS[b + 1]:g}', int(total[i, 1, b]), float(total[i, 0, b] / total[i, 1, b]))
-                for i, name in enumerate(('train', 'held-out')) for b in range(len(LOSS_BINS) - 1) if total[i, 1, b] > 0]
-        write_csv(path, ['set', 'log_snr_low', 'log_snr_high', 'count', 'mean_squared_error'], rows)
+        rows = [(name, region, f'{LOSS_BINS[b]:g}', f'{LOSS_BINS[b + 1]:g}', int(total[i, r, 1, b]), float(total[i, r, 0, b] / total[i, r, 1, b]))
+                for i, name in enumerate(('train', 'held-out')) for r, region in enumerate(REGIONS) for b in range(len(LOSS_BINS) - 1)
+                if total[i, r, 1, b] > 0]
+        write_csv(path, ['set', 'region', 'log_snr_low', 'log_snr_high', 'count', 'mean_squared_error'], rows)
 
 
 class Log:

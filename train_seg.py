@@ -25,40 +25,22 @@ def get_args(argv=None):
 def main(args):
     # run folder, data
     device, out = setup(args), Path(args.out)
-    state = open_run(args)
+    state = None if args.dry_run else open_run(args)
     print0(f'{out}: preset {args.preset}, {args.device}, {args.dtype}' + (f', going on from step {state["step"]}' if state else ''))
     roots = args.data or [phantom_root(args.cache)]
-    data = load_slices(roots, args.size, ('bravo',), state and state['box'], args.split, args.cache, args.labels, args.speck)
+    sizes = args.progressive or (args.size,)                                 # data has the last one: what the run is for
+    sets = {s: load_slices(roots, s, ('bravo',), state and state['box'], args.split, args.cache, args.labels, args.speck) for s in sizes}
+    data = sets[args.size]
     rows, val = data.rows('train', args.empty_slices, args.seed), data.rows('val', args.empty_slices, args.seed)
     if not len(rows):
         fail(f'--data {" ".join(map(str, roots))}: no slice of a training patient; see --split')
     level = torch.tensor([r['level'] for r in data.table])
     print0(f'training on {len(rows)} slices, held out {len(val)}')
 
-    # network, process, optimiser
-    torch.manual_seed(seed_of(args.seed, 'weights') % 2 ** 32)
-    net = build_net(args, in_channels=1, out_channels=1, extra_dim=int(args.slice_level))
-    if args.init and not state:
-        load_init(net, args)
-    net = net.to(device, memory_format=torch.channels_last)                  # convolutions are faster with it
-    process = build_process(args)
-    ema = EMA(net, args.ema_decay)
-    opt = torch.optim.AdamW(net.parameters(), args.lr, weight_decay=args.weight_decay, fused=True)
-    losses, start = LossByT(device), 0
-    if state:
-        net.load_state_dict(state['net']), ema.net.load_state_dict(state['ema']), opt.load_state_dict(state['opt'])
-        start, ema.updates = state['step'], state['ema_updates']
-        losses.sums.copy_(state['loss_by_t'] * (rank() == 0))
-    model = torch.compile(net) if args.compile else net
-    if world() > 1:
-        model = nn.parallel.DistributedDataParallel(model)
-    print0(f'{sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters, {"RFlow" if args.rflow else "DDPM " + args.target}'
-           f'{f", {args.steps} times" if args.steps else ", continuous time"}, batch {args.batch_size}')
-
-    def batch(picked):
+    def batch(picked, size=args.size):
         """Masks as images of -1 and 1 (B,1,S,S), slice level (B,1) or None, on the CPU."""
         extra = level[picked][:, None] if args.slice_level else None
-        return torch.tensor(data.masks[picked]).float() * 2 - 1, extra
+        return torch.tensor(sets[size].masks[picked]).float() * 2 - 1, extra
 
     def tokens(x_0, hide=None, present=None):
         """What a request for these masks (B,1,S,S) would say, with the parts hidden that training hides; None without --controllable."""
@@ -68,35 +50,66 @@ def main(args):
         asked = [r if present is None or p else None for r, p in zip(asked, asked if present is None else present)]
         return lesion_tokens(asked, hide).to(device)
 
+    # network, process, optimiser
+    torch.manual_seed(seed_of(args.seed, 'weights') % 2 ** 32)
+    net = build_net(args, in_channels=1, out_channels=1, extra_dim=int(args.slice_level))
+    if args.init and not state:
+        load_init(net, args)
+    process = build_process(args)
+    if args.prune and not state:                                             # of the network from --init; the training goes on with what is left
+        x_0, extra = batch(rows[:64])
+        prune(net, process, args, process.to_range(x_0), None, tokens(x_0), extra)
+    if state:
+        fit_pruned(net, state['net'])
+        net.load_state_dict(state['net'])
+    ema = EMA(net, args.ema_decay)
+    net = net.to(device, torch.bfloat16 if args.dtype == 'pure-bf16' else None, memory_format=torch.channels_last)   # convolutions are faster with it
+    ema.net.to(device, memory_format=torch.channels_last)
+    opt = build_optimizer(net, args)
+    losses, curriculum, start = LossByT(device), Curriculum(args), 0
+    if state:
+        ema.net.load_state_dict(state['ema']), opt.load_state_dict(state['opt'])
+        start, ema.updates, curriculum.state = state['step'], state['ema_updates'], state['curriculum']
+        losses.sums.copy_(state['loss_by_t'] * (rank() == 0))
+    model = torch.compile(net) if args.compile else net
+    if world() > 1:
+        model = nn.parallel.DistributedDataParallel(model)
+    print0(f'{sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters, {"RFlow" if args.rflow else "DDPM " + args.target}'
+           f'{f", {args.steps} times" if args.steps else ", continuous time"}, batch {args.batch_size}')
+
     def train_step(step, lr):
         """One optimiser step. All that is random is a function of (seed, step) and drawn for the whole batch, of which each
         process takes its part: so resuming and the number of processes change nothing. Returns loss, gradient norm."""
         B, part = args.batch_size, args.batch_size // world() // args.accumulate
+        size = sizes[stage_of(step, args)[0]]
         picked = rows[batch_rows(len(rows), B, step, args.seed)]
         g = generator(args.seed, 'step', step)
-        t, u = process.draw_t(B, g, args.logit_normal), torch.rand(B, 5, generator=g)
+        t, u = process.draw_t(B, g, curriculum.window, size / sizes[0]), torch.rand(B, 5, generator=g)
         present = torch.rand(B, generator=g) >= args.p_uncond                # whose condition the network is told
         hide = torch.rand(B, LESIONS, 2, generator=g) < 0.2                  # whose size and place it is not
-        noise = torch.randn(B, 1, args.size, args.size, generator=generator(args.seed, 'noise', step, device=device), device=device)
+        noise = torch.randn(B, 1, size, size, generator=generator(args.seed, 'noise', step, device=device), device=device)
+        for _, sparse in sparse_layers(net) if args.dense_tail else ():
+            sparse.dense.fill_(args.iters is not None and step >= (1 - args.dense_tail) * args.iters)
         total = torch.zeros((), device=device)
         for k in range(args.accumulate):
             mine = slice((rank() * args.accumulate + k) * part, (rank() * args.accumulate + k + 1) * part)
-            x_0, extra = (v if v is None else v.to(device, non_blocking=True) for v in batch(picked[mine]))
+            x_0, extra = (v if v is None else v.to(device, non_blocking=True) for v in batch(picked[mine], size))
             if args.augment:
                 x_0 = augment(x_0, x_0 + 1, u[mine])[1] - 1                    # nearest, background outside
             context = tokens(x_0, hide[mine], present[mine])
-            x_0, times = process.to_range(x_0), t[mine].to(device, non_blocking=True)
+            tumour, x_0, times = (x_0 > 0).float(), process.to_range(x_0), t[mine].to(device, non_blocking=True)
             last = k == args.accumulate - 1
             with contextlib.nullcontext() if last or world() == 1 else model.no_sync():
                 with autocast(device, args.dtype):
-                    loss, error, _ = process.loss(model, x_0, noise[mine], times, None, context, extra, args.min_snr)
+                    loss, square, _ = process.loss(model, x_0, noise[mine], times, None, context, extra, args.min_snr)
                 loss = loss.mean()
                 (loss / args.accumulate).backward()
             total += loss.detach() / args.accumulate
-            losses.add(0, process.log_snr(times), error.detach())
+            losses.add(0, process.log_snr(times), square.detach(), tumour)
         for group in opt.param_groups:
             group['lr'] = lr
-        norm = nn.utils.clip_grad_norm_(net.parameters(), args.clip)
+        norm = nn.utils.get_total_norm([p.grad.float() for p in net.parameters() if p.grad is not None])
+        nn.utils.clip_grads_with_norm_(net.parameters(), args.clip, norm)
         opt.step()
         opt.zero_grad(set_to_none=True)
         return total, norm
@@ -112,24 +125,26 @@ def main(args):
         for part in (slice(i, i + args.batch_size) for i in range(0, len(picked), args.batch_size)):
             x_0, extra, eps, times = (v if v is None else v.to(device) for v in (*batch(picked[part]), noise[part], t[part]))
             with autocast(device, args.dtype):
-                error = process.loss(network, process.to_range(x_0), eps, times, None, tokens(x_0), extra)[1]
-            losses.add(1, process.log_snr(times), error)
-        return float(losses.sums[1, 0].sum() / losses.sums[1, 1].sum())
+                square = process.loss(network, process.to_range(x_0), eps, times, None, tokens(x_0), extra)[1]
+            losses.add(1, process.log_snr(times), square, (x_0 > 0).float())
+        return losses.held_out()
 
     @torch.no_grad()
-    def picture(path):
+    def picture(path, size):
         """Real masks of validation patients, and generated ones (for the same slice levels and, with --controllable, requests)."""
         pool = val if len(val) else data.rows('train')
         picked = pool[np.linspace(0, len(pool), 8, endpoint=False).astype(int)]
-        x_0, extra = (v if v is None else v.to(device) for v in batch(picked))
+        x_0, extra = (v if v is None else v.to(device) for v in batch(picked, size))
         denoise = make_denoise(ema.net, process, None, tokens(x_0), extra, args.dtype, clip=not args.rflow)
-        ts, rows_ = process.times(min(25 if args.rflow else 50, args.steps or 25)), []
+        ts, rows_ = process.times(min(25 if args.rflow else 50, args.steps or 25), shift=process.shift), []
         for k in range(3):
             noise = torch.randn(x_0.shape, generator=generator('picture', k)).to(device)
             rows_.append(process.from_range(sample_ddim(denoise, noise, ts, process)).float().cpu()[:, 0])
-        save_grid(path, [list(x_0.cpu()[:, 0]), *rows_], ['real', 'generated', 'generated 2', 'generated 3'], max(1, 128 // args.size))
+        save_grid(path, [list(x_0.cpu()[:, 0]), *rows_], ['real', 'generated', 'generated 2', 'generated 3'], max(1, 128 // size))
 
     # length, learning rate test
+    if args.dry_run:
+        return dry_run(net, train_step, opt, args)
     if args.lr_find and not state:
         lr_find(train_step, net, opt, out)
     if args.iters is None:
@@ -144,7 +159,7 @@ def main(args):
         if rank() == 0:
             save_checkpoint(out, dict(net=net.state_dict(), ema=ema.net.state_dict(), ema_updates=ema.updates, opt=opt.state_dict(),
                                       step=step, args=plain(args), box=list(data.box), spacing=list(spacing), in_channels=net.conv_in.in_channels,
-                                      out_channels=1, extra_dim=int(args.slice_level), loss_by_t=losses.sums.cpu()), args.keep_every)
+                                      out_channels=1, extra_dim=int(args.slice_level), loss_by_t=losses.sums.cpu(), curriculum=curriculum.state), args.keep_every)
             losses.write(out / 'loss_by_t.csv')
 
     if rank() == 0:
@@ -161,6 +176,9 @@ def main(args):
     stop, recent, clock = Stop(), [], time.perf_counter()
     bar = progress(range(start, args.iters), initial=start, total=args.iters)
     for step in bar:
+        stage, first = stage_of(step, args)
+        if stage and step == first:                                          # a new size: the average forgets sooner for a while
+            ema.updates = min(ema.updates, 20)
         loss, norm = train_step(step, lr_at(step, args))
         ema.update(net)
         recent.append(loss + 0 * norm)                                        # a gradient that is none counts as well
@@ -179,6 +197,7 @@ def main(args):
                     at = done - len(values) + i
                     fail(f'loss is {value} at step {at}, lr {lr_at(at, args):.2e}; stopped, the last checkpoint in {out} is '
                          'intact. Try a lower --lr', 1)
+            curriculum.add(values, done)
             seconds, recent = (time.perf_counter() - clock) / len(values), []
             if rank() == 0:
                 bar.set_postfix(loss=f'{np.mean(values):.4f}', refresh=False)
@@ -186,7 +205,7 @@ def main(args):
                 if show and len(val):
                     scores = dict(held_out_raw=held_out(net), held_out=held_out(ema.net))
                 if show:
-                    picture(out / f'samples_{done:06d}.png')
+                    picture(out / f'samples_{done:06d}.png', sizes[stage])
                 log.add(step=done, loss=float(np.mean(values)), lr=lr_at(step, args), grad_norm=float(norm), s_per_step=seconds, **scores)
             clock = time.perf_counter()
         if keep:

@@ -109,7 +109,9 @@ def test_draw_t():
     assert torch.equal(RFlow(100).alpha(torch.ones(1)) * x_0 + RFlow(100).sigma(torch.ones(1)) * eps, eps)
     u = RFlow().draw_t(100_000, generator('u'))
     assert u.min() > 0 and u.max() <= 1 and (u.sort().values - torch.linspace(0, 1, 100_000)).abs().max() < 1.63 / math.sqrt(1e5)
-    L = RFlow().log_snr(RFlow().draw_t(100_000, generator('l'), logit_normal=True)).double()
+    normal = RFlow()
+    normal.density = 'logit-normal'
+    L = normal.log_snr(normal.draw_t(100_000, generator('l'))).double()
     assert abs(float(L.mean())) < 0.03 and abs(float(L.std()) - 2) < 0.02
     cdf = torch.distributions.Normal(0.0, 2.0).cdf(L.sort().values)
     assert (cdf - torch.linspace(0, 1, len(L), dtype=torch.float64)).abs().max() < 1.63 / math.sqrt(1e5)       # KS, 1 %

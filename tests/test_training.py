@@ -109,12 +109,12 @@ def test_ema():
 
 def test_learning_rate():
     """Rises linearly, meets the cosine without a jump, ends at a hundredth; the cosine's mean is half way."""
-    args = argparse.Namespace(lr=2e-4, warmup=50, iters=1050)
+    args = argparse.Namespace(lr=2e-4, warmup=50, iters=1050, progressive=None)
     lrs = [lr_at(i, args) for i in range(1051)]
     assert lrs[0] == 2e-4 / 50 and lrs[49] == lrs[50] == 2e-4 and abs(lrs[1050] - 2e-6) < 1e-12
     assert np.all(np.diff(lrs[:50]) > 0) and np.all(np.diff(lrs[50:]) < 0)
     assert abs(np.mean(lrs[50:1051]) - (2e-4 + 2e-6) / 2) < 1e-9
-    assert lr_at(0, argparse.Namespace(lr=1.0, warmup=0, iters=10)) == 1.0
+    assert lr_at(0, argparse.Namespace(lr=1.0, warmup=0, iters=10, progressive=None)) == 1.0
 
 
 def test_lr_suggestions():
@@ -140,16 +140,19 @@ def test_batches():
 
 
 def test_loss_by_t():
-    """Bin means equal a direct group-by; training and held-out apart."""
+    """Bin means equal a direct group-by; training and held-out, tumour and background apart; images without tumour do not count there."""
     track, g = LossByT('cpu'), generator('bins')
-    L, e = torch.randn(500, generator=g) * 6, torch.rand(500, generator=g)
-    track.add(0, L[:300], e[:300]), track.add(0, L[300:], e[300:]), track.add(1, L[:10], e[:10])
-    edges = common.LOSS_BINS.tolist()
+    L, square = torch.randn(500, generator=g) * 6, torch.rand(500, 2, 3, 3, generator=g)
+    mask = (torch.rand(500, 1, 3, 3, generator=g) > 0.5).float() * (torch.arange(500) % 4 > 0).reshape(-1, 1, 1, 1)
+    track.add(0, L[:300], square[:300], mask[:300]), track.add(0, L[300:], square[300:], mask[300:]), track.add(1, L[:10], square[:10])
+    edges, m = common.LOSS_BINS.tolist(), mask.expand_as(square).bool()
     for b in range(20):
-        inside = (L >= (edges[b] if b else -1e9)) & (L <= (edges[b + 1] if b < 19 else 1e9))
-        assert track.sums[0, 1, b] == inside.sum()
-        assert abs(float(track.sums[0, 0, b]) - float(e[inside].double().sum())) < 1e-6
-    assert track.sums[1, 1].sum() == 10
+        inside = ((L >= (edges[b] if b else -1e9)) & (L <= (edges[b + 1] if b < 19 else 1e9))).nonzero().flatten().tolist()
+        for region, pick in enumerate((lambda i: square[i], lambda i: square[i][m[i]], lambda i: square[i][~m[i]])):
+            e = [float(pick(i).mean()) for i in inside if pick(i).numel()]
+            assert track.sums[0, region, 1, b] == len(e) and abs(float(track.sums[0, region, 0, b]) - sum(e)) < 1e-4
+    assert track.sums[1, 0, 1].sum() == 10 and track.sums[1, 1:].sum() == 0
+    assert track.held_out() == pytest.approx(float(square[:10].mean()), rel=1e-6)
 
 
 @pytest.fixture(scope='module')
