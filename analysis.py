@@ -1,10 +1,12 @@
 """Looks at what other scripts left behind.
 
   python analysis.py compare runs/a runs/b runs/quality_a runs/quality_b     runs and their metrics side by side
+  python analysis.py timesteps runs/a runs/b                                 which steps are hard, tumour and background apart
   python analysis.py release runs/bravo bravo64.pt                           a run as one small file that sample.py takes
 
 compare takes run folders (log.csv) and folders of evaluate.py (metrics.json) in any number and order. Leaves in --out: compare.csv,
-and loss.png, held_out.png, loss_by_t.png with a curve for each run, metrics.png with a bar for each set.
+and loss.png, held_out.png, loss_by_t.png with a curve for each run, metrics.png with a bar for each set. timesteps leaves
+timesteps.csv, and timesteps.png with a curve for each run and region.
 """
 from common import *
 
@@ -15,6 +17,10 @@ def get_args(argv=None):
     c = commands.add_parser('compare', help='curves, flags and metrics of several runs over each other')
     c.add_argument('runs', nargs='+', metavar='DIR', help='run folders, or folders that evaluate.py wrote')
     c.add_argument('--out', default='runs/compare', metavar='DIR')
+    t = commands.add_parser('timesteps', help='error by noise of several runs over each other, in tumours and around them')
+    t.add_argument('runs', nargs='+', metavar='RUN')
+    t.add_argument('--set', choices=('train', 'held-out'), default='train', help='training steps, or held-out patients at fixed t and noise')
+    t.add_argument('--out', default='runs/timesteps', metavar='DIR')
     r = commands.add_parser('release', help='the averaged weights of a run in half precision, with what sampling needs')
     r.add_argument('run', metavar='RUN')
     r.add_argument('file', metavar='FILE')
@@ -26,7 +32,9 @@ def get_args(argv=None):
             fail(f'{args.file}: is a folder or lies in none; give the name of a file')
         return args
     for run in args.runs:
-        if not any((Path(run) / f).is_file() for f in ('log.csv', 'metrics.json')):
+        if args.command == 'timesteps' and not (Path(run) / 'loss_by_t.csv').is_file():
+            fail(f'{run}: holds no loss_by_t.csv; give a run folder of train_seg.py or train_bravo.py')
+        if args.command == 'compare' and not any((Path(run) / f).is_file() for f in ('log.csv', 'metrics.json')):
             fail(f'{run}: holds neither log.csv nor metrics.json; give a run folder or a folder of evaluate.py')
     if Path(args.out).exists() and not Path(args.out).is_dir():
         fail(f'--out {args.out}: is a file; give a folder')
@@ -78,7 +86,7 @@ def compare(args):
             saved.append(f'{key}.png')
         by_t = {n: read_csv(r / 'loss_by_t.csv') for n, r in runs.items() if (r / 'loss_by_t.csv').is_file()}
         if by_t:
-            curve = lambda rows: list(zip(*[(float(r['log_snr_low']) + 0.5, float(r['mean_squared_error'])) for r in rows if r['set'] == 'train']))
+            curve = lambda rows: list(zip(*[(float(r['log_snr_low']) + 0.5, float(r['mean_squared_error'])) for r in rows if r['set'] == 'train' and r['region'] == 'all']))
             plot(out / 'loss_by_t.png', {n: curve(rows) for n, rows in by_t.items()}, 'training loss by noise', 'log-SNR', 'squared error', logy=True)
             saved.append('loss_by_t.png')
     if sets:
@@ -91,6 +99,39 @@ def compare(args):
         bars(out / 'metrics.png', {m: {n: s['metrics'][m] for n, s in sets.items()} for m in metrics})
         saved += ['metrics.csv', 'metrics.png']
     print0(f'look at {", ".join(str(out / f) for f in saved)}')
+
+
+def timesteps(args):
+    """Error of the network by log-SNR, the runs over each other: which steps are hardest, and what a step loses in tumours.
+
+    In the network's own target, so that runs compare where their targets are the same; hardest: the bin of the largest mean, and the
+    share of the whole error (as many steps in a bin as were drawn) that the three hardest bins hold.
+    """
+    out, names = Path(args.out), short_names(args.runs)
+    out.mkdir(parents=True, exist_ok=True)
+    curves, table, targets = {}, [], set()
+    for name, run in zip(names, args.runs):
+        flags = json.loads((Path(run) / 'args.json').read_text())
+        targets.add(('RFlow ' if flags['rflow'] else 'DDPM ') + flags['target'])
+        rows = [r for r in read_csv(Path(run) / 'loss_by_t.csv') if r['set'] == args.set]
+        for region in REGIONS:
+            bins = [(float(r['log_snr_low']) + 0.5, float(r['mean_squared_error']), int(r['count'])) for r in rows if r['region'] == region]
+            if not bins:
+                continue
+            L, error, count = map(np.array, zip(*bins))
+            curves[f'{name} {region}' if len(names) > 1 else region] = (L, error)
+            part = np.sort(error * count)[::-1]
+            table.append([name, region, int(count.sum()), f'{(error * count).sum() / count.sum():.4f}', f'{L[error.argmax()]:g}', f'{error.max():.4f}',
+                          f'{L[error.argmin()]:g}', f'{error.min():.4f}', f'{part[:3].sum() / part.sum():.2f}'])
+    if not table:
+        fail(f'{args.runs[0]}: its loss_by_t.csv has no {args.set} rows yet; train on, or give --set')
+    header = ['run', 'region', 'images', 'mean error', 'hardest log-SNR', 'error', 'easiest log-SNR', 'error', 'share of 3 hardest bins']
+    print_table(header, table)
+    write_csv(out / 'timesteps.csv', header, table)
+    if len(targets) > 1:
+        print0(f'note: these runs predict different things ({", ".join(sorted(targets))}); compare the shapes, not the heights')
+    plot(out / 'timesteps.png', curves, f'{args.set} error by noise', 'log-SNR (high: little noise)', 'squared error', logy=True)
+    print0(f'look at {out / "timesteps.png"}')
 
 
 def bars(path, metrics, width=330, line=18):
@@ -131,7 +172,7 @@ def release(args):
 
 
 def main(args):
-    {'compare': compare, 'release': release}[args.command](args)
+    {'compare': compare, 'timesteps': timesteps, 'release': release}[args.command](args)
 
 
 if __name__ == '__main__':

@@ -30,6 +30,23 @@ def test_compare(trained, call, phantom, cache, tmp_path, capsys):
         assert (tmp_path / 'out' / name).stat().st_size > 1000
 
 
+def test_timesteps(trained, tmp_path, capsys):
+    """The table's mean is that of the bins; regions apart; different targets are told; a run without the file is refused."""
+    analysis.main(analysis.get_args(['timesteps', str(trained / 'bravo'), str(trained / 'ddpm'), '--out', str(tmp_path)]))
+    assert 'predict different things' in capsys.readouterr().out and (tmp_path / 'timesteps.png').stat().st_size > 1000
+    table = {(r['run'], r['region']): r for r in csv.DictReader(open(tmp_path / 'timesteps.csv'))}
+    bins = [r for r in csv.DictReader(open(trained / 'bravo/loss_by_t.csv')) if r['set'] == 'train']
+    for region in common.REGIONS:
+        n, e = zip(*[(int(r['count']), float(r['mean_squared_error'])) for r in bins if r['region'] == region])
+        assert table['bravo', region]['images'] == str(sum(n)) and float(table['bravo', region]['mean error']) == pytest.approx(
+            sum(a * b for a, b in zip(n, e)) / sum(n), abs=1e-4)
+        assert float(table['bravo', region]['hardest log-SNR']) == float(max((b, r['log_snr_low']) for b, r in zip(e, [r for r in bins if r['region'] == region]))[1]) + 0.5
+    assert table['bravo', 'all']['images'] == table['bravo', 'background']['images'] == '16' and int(table['bravo', 'tumour']['images']) <= 16
+    with pytest.raises(SystemExit) as e:
+        analysis.main(analysis.get_args(['timesteps', str(tmp_path)]))
+    assert e.value.code == 2 and 'loss_by_t.csv' in capsys.readouterr().err
+
+
 def test_release(trained, call, phantom, tmp_path, capsys):
     """A fraction of the size, no paths, no optimiser; samples like the run, up to the rounding of the weights."""
     analysis.main(analysis.get_args(['release', str(trained / 'bravo'), str(tmp_path / 'small.pt')]))
