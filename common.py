@@ -5,7 +5,8 @@ Read it top to bottom; each section uses only those above it, so a section can b
   1  Runtime      one-line errors, number types for argparse, device and torchrun set-up, seeds, atomic saves, signals
   2  Data         NIfTI -> slices in [-1, 1], masks, brain box, cache, patient split, augmentation, writing patients
   3  Phantom      brains for when there are none: skull, sulci, ventricles, enhancing lesions, a pre/post pair
-  4  Networks     attention, residual block, U-Net (2D and 3D, block by block MONAI's DiffusionModelUNet), build_net
+  4  Networks     attention, residual block, U-Net (2D and 3D, block by block MONAI's DiffusionModelUNet); networks of tokens
+                  (2D and 3D): DiT, the same with Mamba's scan, MMDiT with two streams; build_net
   5  Processes    DDPM and RFlow: alpha, sigma, log-SNR, losses, the `denoise` closure
   6  Samplers     ddpm, ddim, euler, heun, all on that closure
   7  Pictures     grids of slices, line plots (Pillow only)
@@ -19,6 +20,7 @@ Glossary (code name: the field's symbol)
   net, ema   raw and averaged network             NFE   network forwards for one image
   ts    decreasing solver times, ending at 0      extra, context   conditioning vector, conditioning tokens
   part  train | val | judge | test                box   the brain box: y0, x0, y1, x1 as fractions of the view
+  token   the width numbers that stand for a patch       grid   patches along each axis; N of them in all
 """
 import argparse, contextlib, copy, csv, ctypes, hashlib, io, json, math, os, re, shutil, signal, sys, time, uuid
 from collections import Counter
@@ -849,20 +851,28 @@ class GroupNorm(nn.GroupNorm):
         return super().forward(x)
 
 
-def attention(q, k, v):
-    """softmax(q k^T / sqrt(d)) v for (B, heads, N, d). Every attention of this repository goes through here."""
-    if q.device.type == 'cuda':
-        return F.scaled_dot_product_attention(q, k, v)
+def attention(q, k, v, mask=None):
+    """softmax(q k^T / sqrt(d)) v for (B, heads, N, d), over the keys where mask (B,1,1,M) is true. Every attention goes through here."""
+    if mask is not None or q.device.type == 'cuda':
+        return F.scaled_dot_product_attention(q, k, v, mask)
     return CPUAttention.apply(q * q.shape[-1] ** -0.5, k, v)
+
+
+class RMSNorm(nn.RMSNorm):
+    """nn.RMSNorm in the precision of x, which autocast makes another than the weight's."""
+
+    def forward(self, x):
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 class Attention(nn.Module):
     """Multi-head attention over tokens (B,N,C): to themselves, or to a context (B,M,context_dim) when that is given.
 
-    A context token of zeros is padding and not attended to; each image needs one that is none.
+    A context token of zeros is padding and not attended to; each image needs one that is none. qk_norm: queries and keys are
+    brought to a root mean square of one in each head, times a learned scale, so that no logit can grow without end (Esser 2024).
     """
 
-    def __init__(self, channels, head_channels, context_dim=None, bias=True):
+    def __init__(self, channels, head_channels, context_dim=None, bias=True, qk_norm=False):
         super().__init__()
         if channels % head_channels:
             fail(f'--head-channels {head_channels}: does not divide the {channels} channels of an attention level')
@@ -872,15 +882,20 @@ class Attention(nn.Module):
         else:
             self.q, self.kv = nn.Linear(channels, channels, bias), nn.Linear(context_dim, 2 * channels, bias)
         self.out = nn.Linear(channels, channels)
+        self.norm_q, self.norm_k = (RMSNorm(head_channels, eps=1e-6) if qk_norm else nn.Identity() for _ in range(2))
 
-    def forward(self, x, context=None):
+    def project(self, x, context=None):
+        """Queries of x, keys and values of x or of the context: (B, heads, N, d) each."""
         split = lambda a, n: a.unflatten(-1, (n, self.heads, -1)).permute(2, 0, 3, 1, 4)      # (n, B, heads, N, d)
         q, k, v = split(self.qkv(x), 3) if context is None else (*split(self.q(x), 1), *split(self.kv(context), 2))
-        if context is None:
-            h = attention(q, k, v)
-        else:
-            h = F.scaled_dot_product_attention(q, k, v, (context != 0).any(-1)[:, None, None])
+        return self.norm_q(q).to(v.dtype), self.norm_k(k).to(v.dtype), v
+
+    def join(self, h):
+        """Brings the heads (B, heads, N, d) together: (B,N,C)."""
         return self.out(h.transpose(1, 2).flatten(2))
+
+    def forward(self, x, context=None):
+        return self.join(attention(*self.project(x, context), None if context is None else (context != 0).any(-1)[:, None, None]))
 
 
 class SpatialAttention(nn.Module):
@@ -916,6 +931,11 @@ class SpatialTransformer(nn.Module):
         value, gate = self.ff1(self.norm3(h)).chunk(2, -1)
         h = h + self.ff2(value * F.gelu(gate))
         return x + self.proj_out(h.transpose(1, 2).reshape(x.shape))
+
+
+def run_block(net, block, *inputs):
+    """block(*inputs); with --checkpointing its input alone is kept in training, and the backward computes the block again."""
+    return checkpoint(block, *inputs, use_reentrant=False) if net.checkpointing and net.training else block(*inputs)
 
 
 def zero_(layer):
@@ -995,8 +1015,8 @@ class UNet(nn.Module):
         super().__init__()
         if len(attention) != len(channels):
             fail(f'--attention has {len(attention)} levels, --channels {len(channels)}; give one 0 or 1 for each level')
-        self.dims, self.scale, self.width, self.context_dim = dims, 2 ** (len(channels) - 1), channels[0], context_dim
-        self.checkpointing = False
+        self.checkpointing = False                                          # see run_block
+        self.in_channels, self.dims, self.scale, self.width, self.context_dim = in_channels, dims, 2 ** (len(channels) - 1), channels[0], context_dim
         Conv = nn.Conv2d if dims == 2 else nn.Conv3d
         conv = lambda i, o, k=3, stride=1: Conv(i, o, k, stride, k // 2)
         groups = lambda c: math.gcd(c, norm_groups)
@@ -1047,8 +1067,7 @@ class UNet(nn.Module):
         if self.extra_embed is not None:
             emb = emb + self.extra_embed(extra)
         emb = F.silu(emb)
-        # --checkpointing: keep a block's input and compute the block again in the backward
-        run = lambda layer, *inputs: checkpoint(layer, *inputs, use_reentrant=False) if self.checkpointing and self.training else layer(*inputs)
+        run = lambda layer, *inputs: run_block(self, layer, *inputs)
 
         def level(block, h, skips=None, keep=None):
             for i, resnet in enumerate(block.resnets):
@@ -1101,6 +1120,264 @@ def load_monai(state_dict):
     return out
 
 
+# -- networks of tokens: a patch is a token. DiT, Mamba in its place, MMDiT ---------------------------------------------
+
+
+def patchify(x, p):
+    """(B,C,*spatial) -> (B, N, p^dims C): patches of p a side in reading order; inside a patch by place, channels last."""
+    dims = x.ndim - 2
+    for axis in range(dims):
+        x = x.unflatten(2 + 2 * axis, (-1, p))                                                  # (B, C, n, p, n, p)
+    return x.permute(0, *range(2, 2 + 2 * dims, 2), *range(3, 3 + 2 * dims, 2), 1).flatten(1 + dims).flatten(1, dims)
+
+
+def unpatchify(x, p, grid):
+    """The inverse of patchify: (B, N, p^dims C) on a grid of patches -> (B,C,*spatial)."""
+    dims = len(grid)
+    x = x.unflatten(2, (*(p,) * dims, -1)).unflatten(1, grid)                                   # (B, n, n, p, p, C)
+    x = x.permute(0, 2 * dims + 1, *(axis for i in range(dims) for axis in (1 + i, 1 + dims + i)))
+    return x.reshape(*x.shape[:2], *(n * p for n in grid))
+
+
+def positions(grid, width, device=None):
+    """Sines and cosines of where a token lies along each axis, in patches, last axis first: (N, width), not trained (DiT)."""
+    half = width // (2 * len(grid))                                                             # frequencies an axis
+    freqs, tables = 10000 ** (-torch.arange(half, device=device) / half), []
+    for i, n in enumerate(grid):
+        angles = torch.arange(n, device=device)[:, None] * freqs
+        table = torch.cat([angles.sin(), angles.cos()], 1)
+        tables.append(table.view(*(n if j == i else 1 for j in range(len(grid))), -1).expand(*grid, -1))
+    return F.pad(torch.cat(tables[::-1], -1).flatten(0, -2), (0, width - 2 * half * len(grid)))
+
+
+def modulate(x, shift, scale):
+    """LayerNorm without weights of its own, then (1 + scale), shift (B,1,width), which the time and `extra` decide."""
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
+
+
+def xavier(module):
+    """Every linear layer inside starts Xavier-uniform with bias 0; what starts at zero stays."""
+    for m in module.modules():
+        if isinstance(m, nn.Linear) and m.weight.any():
+            nn.init.xavier_uniform_(m.weight)
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
+
+
+def cross_scan(x, grid):
+    """The tokens of x (B,K,N,C) in the order of each of K = 2 dims directions: every axis in turn the slowest, forwards, then backwards.
+
+    Those are rows, columns and both reversed in 2D (VMamba, Liu 2024, 2401.10166), six orders in 3D. x may hold the same for all K.
+    """
+    dims, axes = len(grid), list(range(1, len(grid) + 1))
+    turned = [x[:, k].unflatten(1, grid).permute(0, *axes[k % dims:], *axes[:k % dims], dims + 1).flatten(1, dims) for k in range(2 * dims)]
+    return torch.stack([v if k < dims else v.flip(1) for k, v in enumerate(turned)], 1)
+
+
+def cross_merge(y, grid):
+    """The K scans (B,K,N,C) put back into reading order and added: (B,N,C). cross_merge(cross_scan(x)) = sum of x over K."""
+    dims, axes = len(grid), list(range(1, len(grid) + 1))
+    y = y[:, :dims] + y[:, dims:].flip(2)
+    back = lambda k: y[:, k].unflatten(1, (*grid[k:], *grid[:k])).permute(0, *axes[dims - k:], *axes[:dims - k], dims + 1).flatten(1, dims)
+    return sum(back(k) for k in range(dims))
+
+
+def ssd(x, a, b, c, chunk=32):
+    """The selective scan h_t = exp(a_t) h_(t-1) + b_t x_t^T, y_t = c_t h_t with h_0 = 0, in chunks (Mamba-2, Dao 2024, 2405.21060, sec. 6).
+
+    x (...,L,H,P) values of H heads; a (...,L,H) <= 0, one decay a head; b, c (...,L,S), shared by the heads -> y as x. Inside a
+    chunk it is a masked matrix product, from chunk to chunk a recurrence of the states (H,S,P): the cost is linear in L. Only
+    exp of sums of a is ever taken, never its inverse, so strong decay underflows to 0 and nothing overflows; decays below exp(-40)
+    are taken as that, so that small ones beside them survive in fp32 sums. Differences of sums cost a quarter of masked sums.
+    Mamba-1 decays each (channel, state) pair by itself. That is H = channels x states, P = S = 1 here (tests/test_tokens.py), exact,
+    but `chunk` times the memory of its states, so no network here uses it.
+    """
+    length, chunk = x.shape[-3], min(chunk, x.shape[-3])
+    pad = -length % chunk
+    x, b, c = F.pad(x, (0, 0, 0, 0, 0, pad)), F.pad(b, (0, 0, 0, pad)), F.pad(c, (0, 0, 0, pad))
+    x = x.unflatten(-3, (-1, chunk)).transpose(-3, -2).contiguous()                             # (..., M, H, Q, P)
+    a = F.pad(a.clamp(min=-40), (0, 0, 0, pad)).unflatten(-2, (-1, chunk)).transpose(-2, -1).cumsum(-1)     # (..., M, H, Q)
+    b, c = (v.unflatten(-2, (-1, chunk)).unsqueeze(-3) for v in (b, c))                         # (..., M, 1, Q, S)
+    i = torch.arange(chunk, device=x.device)
+    decay = (a[..., :, None] - a[..., None, :]).masked_fill(i[:, None] < i, -math.inf).exp()    # from token j to token i >= j
+    y = ((c @ b.mT) * decay) @ x
+    states, state = ((b.mT * decay[..., -1:, :]) @ x).unbind(-4), 0                             # what each chunk adds (..., H, S, P)
+    before = [torch.zeros_like(states[0])]
+    for kept, state in zip(a[..., -1, None, None].exp().unbind(-4), states[:-1]):
+        before.append(kept * before[-1] + state)
+    y = y + (c * a.exp()[..., None]) @ torch.stack(before, -4)
+    return y.transpose(-3, -2).flatten(-4, -3)[..., :length, :, :]
+
+
+class Mamba(nn.Module):
+    """Mixes tokens (B,N,width) by selective scans in 2 dims directions instead of attention; its cost is linear in N.
+
+    As VMamba: project to u and gate z, a depthwise convolution over the grid (without it, raster scans tear neighbours apart),
+    then for each direction dt, b, c from u, the scan, and the sum of the directions. As Mamba-2: one decay a head, dt =
+    softplus(. + bias), A = -exp(A_log), RMSNorm of y silu(z). dt and A stay in fp32: in bf16, exp(-0.001) is 1 and nothing is forgotten.
+    """
+
+    def __init__(self, width, heads, dims, state=16):
+        super().__init__()
+        inner, self.directions, self.sizes = 2 * width, 2 * dims, (heads, state, state)
+        self.project, self.out = nn.Linear(width, 2 * inner, bias=False), nn.Linear(inner, width, bias=False)
+        self.conv = (nn.Conv2d, nn.Conv3d)[dims - 2](inner, inner, 3, padding=1, groups=inner)
+        self.select = nn.Linear(inner, self.directions * sum(self.sizes), bias=False)
+        dt = torch.exp(torch.empty(self.directions, heads).uniform_(math.log(1e-3), math.log(1e-1)))
+        self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))                          # softplus of it is dt
+        self.A_log = nn.Parameter(torch.empty(self.directions, heads).uniform_(1, 16).log())
+        self.D = nn.Parameter(torch.ones(heads))
+        self.norm = RMSNorm(inner, eps=1e-5)
+
+    def forward(self, x, grid):
+        u, z = self.project(x).chunk(2, -1)
+        u = F.silu(self.conv(u.transpose(1, 2).unflatten(2, grid))).flatten(2).transpose(1, 2)  # a view of channels_last both ways
+        chosen = self.select(u).unflatten(-1, (self.directions, -1)).transpose(1, 2)
+        with torch.autocast(x.device.type, enabled=False):
+            wide = torch.promote_types(u.dtype, torch.float32)
+            u, A = u.to(wide), -self.A_log.to(wide).exp()[:, None]
+            dt, b, c = cross_scan(chosen.to(wide), grid).split(self.sizes, -1)                  # (B, K, N, .)
+            dt = F.softplus(dt + self.dt_bias.to(wide)[:, None])
+            heads = cross_scan(u[:, None].expand(-1, self.directions, -1, -1), grid).unflatten(-1, (len(self.D), -1))
+            y = cross_merge(ssd(heads * dt[..., None], dt * A, b, c).flatten(-2), grid)
+            y = (y.unflatten(-1, (len(self.D), -1)) + self.D.to(wide)[:, None] * u.unflatten(-1, (len(self.D), -1))).flatten(-2)
+        return self.out(self.norm(y.to(z.dtype) * F.silu(z)))
+
+
+class Block(nn.Module):
+    """DiT's block (Peebles 2022, 2212.09748): x += gate mixer(modulated x), x += gate MLP(modulated x), the gates zero at the start.
+
+    context_dim: between the two, cross-attention to the context, whose output starts at zero. last: of MMDiT's second stream,
+    whose tokens nobody reads any more: only queries, keys and values are left of it.
+    """
+
+    def __init__(self, width, mixer, heads, context_dim=None, last=False):
+        super().__init__()
+        self.ada, self.mixer = zero_(nn.Linear(width, (2 if last else 6) * width)), mixer
+        self.cross = Attention(width, width // heads, context_dim) if context_dim else None
+        if last:
+            mixer.out = None
+        else:
+            self.mlp1, self.mlp2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        if context_dim:
+            zero_(self.cross.out)
+
+    def modulation(self, c):
+        """shift, scale, gate of the mixer, then of the MLP: (B,1,width) each."""
+        return self.ada(c)[:, None].split(c.shape[-1], -1)
+
+    def forward(self, x, mod, context=None, *grid):
+        x = x + mod[2] * self.mixer(modulate(x, *mod[:2]), *grid)
+        if self.cross is not None:
+            x = x + self.cross(F.layer_norm(x, x.shape[-1:], eps=1e-6), context)
+        return self.feed(x, mod)
+
+    def feed(self, x, mod):
+        return x + mod[5] * self.mlp2(F.gelu(self.mlp1(modulate(x, *mod[3:5])), approximate='tanh'))
+
+
+class JointBlock(nn.Module):
+    """MMDiT's block (Esser 2024, 2403.03206): image and context tokens, each with weights of their own, attend to all of both."""
+
+    def __init__(self, width, heads, last=False):
+        super().__init__()
+        self.image, self.context = (Block(width, Attention(width, width // heads, qk_norm=True), heads, last=end) for end in (False, last))
+        self.last = last
+
+    def modulation(self, c):
+        return self.image.modulation(c), self.context.modulation(c)
+
+    def forward(self, x, y, mod, mask=None):
+        """x (B,N,width), y (B,M,width), mask (B,1,1,M+N): which tokens may be attended to."""
+        streams = [(self.context, y, mod[1]), (self.image, x, mod[0])]
+        joint = attention(*(torch.cat(v, 2) for v in zip(*(s.mixer.project(modulate(h, *m[:2])) for s, h, m in streams))), mask)
+        y, x = (h if s.mixer.out is None else s.feed(h + m[2] * s.mixer.join(part), m)
+                for (s, h, m), part in zip(streams, joint.split((y.shape[1], x.shape[1]), 2)))
+        return x, y
+
+
+class Tokens(nn.Module):
+    """DiT (mixer attention) or the same network with selective scans (mixer mamba), 2D or 3D; same call as UNet.
+
+    Masks are input channels; a context (B,M,context_dim) enters through cross-attention, tokens of zeros being padding.
+    Sizes by name are in SIZES. In 2D with attention it is the function of DiT's published code, less its class embedding.
+    """
+
+    def __init__(self, in_channels, out_channels, patch=4, width=384, depth=12, heads=6, mixer='attention', context_dim=None, dims=2, extra_dim=0):
+        super().__init__()
+        self.checkpointing = False
+        self.in_channels, self.dims, self.patch, self.width, self.context_dim, self.mixer = in_channels, dims, patch, width, context_dim, mixer
+        make = {'attention': lambda i: Block(width, Attention(width, width // heads), heads, context_dim),
+                'mamba': lambda i: Block(width, Mamba(width, heads, dims), heads, context_dim),
+                'joint': lambda i: JointBlock(width, heads, i == depth - 1)}[mixer]
+        self.embed = nn.Linear(patch ** dims * in_channels, width)
+        self.time_embed = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+        self.extra_embed = nn.Sequential(nn.Linear(extra_dim, width), nn.SiLU(), zero_(nn.Linear(width, width))) if extra_dim else None
+        self.blocks = nn.ModuleList(make(i) for i in range(depth))
+        self.ada, self.out = zero_(nn.Linear(width, 2 * width)), zero_(nn.Linear(width, patch ** dims * out_channels))
+        xavier(self)
+        for layer in self.time_embed[::2]:
+            nn.init.normal_(layer.weight, std=0.02)
+
+    def forward(self, x, t, context=None, extra=None):
+        """x (B,in_channels,*spatial), t (B,) in [0,1], context (B,M,context_dim), extra (B,extra_dim) -> (B,out,*spatial)."""
+        assert all(s % self.patch == 0 for s in x.shape[2:]), f'size {tuple(x.shape[2:])} is not a multiple of {self.patch}'
+        assert (context is None) == (self.context_dim is None), 'context and context_dim go together'
+        with torch.autocast(x.device.type, enabled=False):                                      # what modulates stays in fp32
+            c = self.time_embed(time_embedding(1000 * t.float(), 256).to(self.embed.weight.dtype))
+            c = F.silu(c if self.extra_embed is None else c + self.extra_embed(extra))
+            mods, last = [block.modulation(c) for block in self.blocks], self.ada(c)[:, None].chunk(2, -1)
+        grid = tuple(s // self.patch for s in x.shape[2:])
+        place = positions(grid, self.width, x.device).to(c.dtype)
+        return unpatchify(self.out(modulate(self.through(x, context, mods, grid, place), *last)), self.patch, grid)
+
+    def through(self, x, context, mods, grid, place):
+        """The tokens after all blocks."""
+        h = self.embed(patchify(x, self.patch)) + place
+        for block, mod in zip(self.blocks, mods):
+            h = run_block(self, block, h, mod, context, *([grid] if self.mixer == 'mamba' else []))
+        return h
+
+
+class MMDiT(Tokens):
+    """Two streams (Esser 2024): the patches of the noisy image, and those of the mask with the context's tokens behind them.
+
+    Every channel of x behind the first out_channels is a mask; with present=True the last of all says whether the image has
+    one (mask_condition): where it is 0, a learned token with the patch's position stands in for each of the mask's.
+    """
+
+    def __init__(self, in_channels, out_channels, patch=4, width=384, depth=12, heads=6, context_dim=None, dims=2, extra_dim=0, present=False):
+        super().__init__(out_channels, out_channels, patch, width, depth, heads, 'joint', context_dim, dims, extra_dim)
+        masks = in_channels - out_channels - present
+        assert masks or context_dim, 'MMDiT needs a mask channel or a context for its second stream'
+        self.in_channels, self.channels = in_channels, (out_channels, masks, int(present))
+        self.embed_mask = nn.Linear(patch ** dims * masks, width) if masks else None
+        self.embed_context = nn.Linear(context_dim, width) if context_dim else None
+        self.null = nn.Parameter(0.02 * torch.randn(width)) if present else None
+        xavier(nn.ModuleList(m for m in (self.embed_mask, self.embed_context) if m is not None))
+
+    def through(self, x, context, mods, grid, place):
+        x, mask, present = x.split(self.channels, 1)
+        h, second, count = self.embed(patchify(x, self.patch)) + place, [], None
+        if self.embed_mask is not None:
+            y = self.embed_mask(patchify(mask, self.patch))
+            if self.null is not None:
+                y = torch.where(present.flatten(1)[:, :1, None] > 0, y, self.null.to(y.dtype))
+            second.append(y + place)
+        if context is not None:
+            second.append(self.embed_context(context))
+            ones = lambda n: context.new_ones((len(context), n), dtype=torch.bool)              # padding is of the context alone
+            count = torch.cat([ones(sum(s.shape[1] for s in second[:-1])), (context != 0).any(-1), ones(h.shape[1])], 1)[:, None, None]
+        y = torch.cat(second, 1)
+        for block, mod in zip(self.blocks, mods):
+            h, y = run_block(self, block, h, y, mod, count)
+        return h
+
+
+SIZES = {'S': dict(width=384, depth=12, heads=6), 'B': dict(width=768, depth=12, heads=12),     # of DiT, Peebles 2022, table 1
+         'L': dict(width=1024, depth=24, heads=16), 'XL': dict(width=1152, depth=28, heads=16)}
+
+
 class TwoFour(nn.Module):
     """A weight whose forward value is 2:4 sparse: of every four weights along the reduction dimension the two largest stay.
 
@@ -1140,8 +1417,15 @@ def sparse_layers(net):
 
 def build_net(args, in_channels, out_channels, extra_dim=0):
     """The network that the flags (or a stored run's) describe."""
-    net = UNet(in_channels, out_channels, tuple(args.channels), tuple(args.attention), args.layers, args.head_channels,
-               TOKEN if args.controllable else None, extra_dim=extra_dim, norm_groups=args.norm_groups)
+    context_dim = TOKEN if args.controllable else None
+    sizes = dict(patch=args.patch, width=args.width, depth=args.depth, heads=args.heads)
+    if args.model == 'unet':
+        net = UNet(in_channels, out_channels, tuple(args.channels), tuple(args.attention), args.layers, args.head_channels, context_dim,
+                   extra_dim=extra_dim, norm_groups=args.norm_groups)
+    elif args.model == 'mmdit':
+        net = MMDiT(in_channels, out_channels, **sizes, context_dim=context_dim, extra_dim=extra_dim, present=args.p_uncond > 0 and not args.controllable)
+    else:
+        net = Tokens(in_channels, out_channels, **sizes, mixer='mamba' if args.model == 'mamba' else 'attention', context_dim=context_dim, extra_dim=extra_dim)
     net.checkpointing = args.checkpointing
     return sparsify(net) if args.sparse24 else net
 
@@ -1741,12 +2025,16 @@ def plot(path, curves, title, xlabel, ylabel, logx=False, logy=False, size=(640,
 # ---------------------------------------------------------------------------------------------------------------------
 PRESETS = {
     'full': dict(size=128, channels=(128, 256, 256), attention=(0, 1, 1), layers=1, head_channels=256, norm_groups=32,
-                 batch_size=16, lr=1e-4, warmup=500, iters=100_000),
+                 patch=4, **SIZES['S'], batch_size=16, lr=1e-4, warmup=500, iters=100_000),
     'small': dict(size=64, channels=(32, 64, 96), attention=(0, 0, 1), layers=1, head_channels=32, norm_groups=8,
-                  batch_size=8, lr=1e-3, warmup=40, minutes=7.0),
+                  patch=4, width=160, depth=6, heads=5, batch_size=8, lr=1e-3, warmup=40, minutes=7.0),
     'tiny': dict(size=16, channels=(8, 8), attention=(0, 1), layers=1, head_channels=8, norm_groups=2,
-                 batch_size=4, lr=1e-3, warmup=1, iters=4),
+                 patch=4, width=16, depth=2, heads=2, batch_size=4, lr=1e-3, warmup=1, iters=4),
 }
+MODELS = {'unet': ('channels', 'attention', 'layers', 'head_channels', 'norm_groups'),      # and the flags that shape each
+          **dict.fromkeys(('dit', 'mmdit', 'mamba'), ('model_size', 'patch', 'width', 'depth', 'heads'))}
+YOUNGER = dict(model='unet', patch=None, width=None, depth=None, heads=None, p_uncond=0.0, controllable=False, sparse24=False, checkpointing=False,
+               progressive=None)                                                            # flags that older runs do not hold
 # May differ when a run goes on; everything else must be as it was.
 FREE = {'device', 'dtype', 'compile', 'checkpointing', 'dry_run', 'out', 'save_every', 'sample_every', 'keep_every', 'cache', 'data', 'minutes', 'lr_find',
         'perceptual_weights', 'lpips_weights', 'init', 'split'}
@@ -1766,11 +2054,17 @@ def train_parser(doc, out):
     g.add_argument('--cache', default='runs/cache', metavar='DIR', help='where decoded slices are kept')
     g = p.add_argument_group('network')
     g.add_argument('--preset', choices=('auto', *PRESETS), default='auto', help='auto: full with CUDA, small without')
+    g.add_argument('--model', choices=tuple(MODELS), default='unet', help='the flags --channels to --norm-groups are for unet, --model-size to --heads for others')
     g.add_argument('--channels', type=numbers(int, 1, 8192), help='width of each level; none: the preset\'s')
     g.add_argument('--attention', type=numbers(int, 0, 1), help='1 for each level that attends; none: the preset\'s')
     g.add_argument('--layers', type=number(int, 1, 16), help='residual blocks a level; none: the preset\'s')
     g.add_argument('--head-channels', type=number(int, 1), help='channels of an attention head; none: the preset\'s')
     g.add_argument('--norm-groups', type=number(int, 1), help='groups of GroupNorm (MONAI: 32); none: the preset\'s')
+    g.add_argument('--model-size', choices=tuple(SIZES), help='width, depth and heads of DiT-S to XL; none: the preset\'s')
+    g.add_argument('--patch', type=number(int, 1), help='pixels a side of a patch; none: the preset\'s')
+    g.add_argument('--width', type=number(int, 8, 8192), help='numbers in a token; none: the preset\'s')
+    g.add_argument('--depth', type=number(int, 1, 128), help='blocks; none: the preset\'s')
+    g.add_argument('--heads', type=number(int, 1), help='of attention or scan; none: the preset\'s')
     g.add_argument('--slice-level', action='store_true', help='condition on the level of the slice, 0 lowest to 1 highest')
     g.add_argument('--checkpointing', action='store_true', help='recompute each block in the backward: less memory, a third more time')
     g.add_argument('--sparse24', action='store_true', help='2:4 sparsity: two of four weights are zero, SR-STE training')
@@ -1828,6 +2122,15 @@ def finish_args(args):
     preset = dict(PRESETS[args.preset])
     if args.iters is not None or args.minutes is not None:
         preset.pop('iters', None), preset.pop('minutes', None)
+    for name in [n for names in MODELS.values() for n in names if n not in MODELS[args.model]]:
+        if getattr(args, name) is not None:
+            fail(f'--{name.replace("_", "-")}: is for --model {" or ".join(m for m in MODELS if name in MODELS[m])}; this is {args.model}')
+        preset.pop(name, None)
+    if args.model_size:
+        given = [f'--{n}' for n in SIZES['S'] if getattr(args, n) is not None]
+        if given:
+            fail(f'--model-size {args.model_size} and {given[0]}: both set the size; give one')
+        preset.update(SIZES[args.model_size])
     if args.iters is not None and args.minutes is not None:
         fail('--iters and --minutes both set the length; give one')
     if args.progressive:
@@ -1864,7 +2167,9 @@ def finish_args(args):
         fail(f'--dense-tail {args.dense_tail:g}: does nothing without --sparse24')
     if args.prune and not args.init:
         fail(f'--prune {args.prune:g}: makes a trained network smaller; add --init RUN')
-    for name, usual in (('prune_by', 'taylor'), ('prune_how', 'channels')):
+    if args.prune_how == 'channels' and args.model != 'unet':
+        fail(f'--prune-how channels: is for the residual blocks of --model unet; this is {args.model}, use weights')
+    for name, usual in (('prune_by', 'taylor'), ('prune_how', 'channels' if args.model == 'unet' else 'weights')):
         if getattr(args, name) and not args.prune:
             fail(f'--{name.replace("_", "-")} {getattr(args, name)}: does nothing without --prune R')
         setattr(args, name, getattr(args, name) or (args.prune and usual) or None)
@@ -1872,15 +2177,22 @@ def finish_args(args):
         fail('--prune and --sparse24: both choose the weights that are zero; give one')
     if args.kahan and args.dtype != 'pure-bf16':
         fail('--kahan: does nothing without --dtype pure-bf16')
-    if len(args.attention) != len(args.channels):
-        fail(f'--attention has {len(args.attention)} levels, --channels {len(args.channels)}; give one 0 or 1 for each level')
-    for level, (c, a) in enumerate(zip(args.channels, args.attention)):
-        if (a or level == len(args.channels) - 1) and c % min(args.head_channels, c):
-            fail(f'--head-channels {args.head_channels}: does not divide the {c} channels of attention level {level + 1}')
-    step = 2 ** (len(args.channels) - 1)
+    if args.model == 'unet':
+        if len(args.attention) != len(args.channels):
+            fail(f'--attention has {len(args.attention)} levels, --channels {len(args.channels)}; give one 0 or 1 for each level')
+        for level, (c, a) in enumerate(zip(args.channels, args.attention)):
+            if (a or level == len(args.channels) - 1) and c % min(args.head_channels, c):
+                fail(f'--head-channels {args.head_channels}: does not divide the {c} channels of attention level {level + 1}')
+        step, why = 2 ** (len(args.channels) - 1), f'{len(args.channels)} levels need'
+    else:
+        if args.width % args.heads:
+            fail(f'--heads {args.heads}: does not divide --width {args.width}')
+        step, why = args.patch, 'patches need'
+        if args.init_target:
+            fail(f'--init-target {args.init_target}: describes a MONAI network, which is a U-Net; this is --model {args.model}')
     for size in args.progressive or (args.size,):
         if size % step:
-            fail(f'--{"progressive" if args.progressive else "size"} {size}: {len(args.channels)} levels need a multiple of {step}')
+            fail(f'--{"progressive" if args.progressive else "size"} {size}: {why} a multiple of {step}')
     parts = args.accumulate * int(os.environ.get('WORLD_SIZE', 1))
     if args.batch_size % parts:
         fail(f'--batch-size {args.batch_size}: must be a multiple of processes x --accumulate = {parts}')
@@ -2233,7 +2545,7 @@ def open_run(args):
         return None
     if not isinstance(state, dict) or 'args' not in state or 'opt' not in state:
         fail(f'{out}: its checkpoint holds no training to resume; choose another --out, or give it to --init')
-    old, new = state['args'], plain(args)
+    old, new = {**YOUNGER, **state['args']}, plain(args)
     if new['minutes'] is not None:                              # its number of steps was frozen when it started
         new['iters'] = old['iters']
     if old['script'] != args.script:
@@ -2253,14 +2565,22 @@ def plain(args):
     return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(args).items()}
 
 
+plain_name = lambda key: key.replace('parametrizations.weight.original', 'weight')
+
+
+def plain_names(weights):
+    """A state dict under the names of a network without --sparse24."""
+    return {plain_name(k): v for k, v in weights.items() if not k.endswith('parametrizations.weight.0.dense')}
+
+
 def load_init(net, args):
     """Starts net from --init FILE: a run of ours (its EMA) or a MONAI state dict. Fails when the shapes do not fit."""
     state = load_checkpoint(args.init)
     if not isinstance(state, dict):
         fail(f'--init {args.init}: holds a {type(state).__name__}; expected a run of ours or a MONAI state dict')
     if 'args' in state and 'ema' in state:
-        weights, theirs = state['ema'], state['args']
-        for name in ('rflow', 'target'):
+        weights, theirs = state['ema'], {**YOUNGER, **state['args']}
+        for name in ('model', 'rflow', 'target'):
             if theirs[name] != getattr(args, name):
                 fail(f'--init {args.init}: was trained with {name} {theirs[name]}, this run has {getattr(args, name)}; make them agree')
         args.init_range = theirs.get('init_range')
@@ -2275,23 +2595,21 @@ def load_init(net, args):
             fail(f'--init {args.init}: is no state dict of MONAI\'s DiffusionModelUNet (at {e})')
         if args.init_target == 'x0-eps' and 'out.2.weight' in weights:                        # MONAI's RFlow predicts x_0 - eps: turn the last layer round
             weights['out.2.weight'], weights['out.2.bias'] = -weights['out.2.weight'], -weights['out.2.bias']
-    weights = {k.replace('parametrizations.weight.original', 'weight'): v for k, v in weights.items() if not k.endswith('weight.0.dense')}
+    weights = plain_names(weights)
     fit_pruned(net, weights)
-    mine, first = net.state_dict(), weights.get('conv_in.weight')
-    names = {k.replace('parametrizations.weight.original', 'weight'): k for k in mine}              # of a 2:4 network's dense weights
-    weights = {names.get(k, k): v for k, v in weights.items()} | {k: v for k, v in mine.items() if k.endswith('weight.0.dense')}
-    if args.p_uncond and first is not None and first.ndim == 4 and first.shape[1] == mine['conv_in.weight'].shape[1] - 1:
-        weights['conv_in.weight'] = F.pad(first, (0, 0, 0, 0, 0, 1))                          # mask-present starts without effect
+    mine, key, pixels = plain_names(net.state_dict()), *(('conv_in.weight', 1) if args.model == 'unet' else ('embed.weight', args.patch ** 2))
+    first = weights.get(key)
+    if args.p_uncond and first is not None and first.ndim == mine[key].ndim and first.shape[1] == mine[key].shape[1] - pixels:
+        weights[key] = F.pad(first.unflatten(1, (pixels, -1)), (0, 0) * (first.ndim - 2) + (0, 1)).flatten(1, 2)   # mask-present starts without effect
+    if 'null' in mine:
+        weights.setdefault('null', mine['null'])                                              # MMDiT's, of a run without --p-uncond
     wrong = [f'{k} is {tuple(weights[k].shape) if k in weights else "missing"}, here {tuple(v.shape)}' for k, v in mine.items()
              if k not in weights or weights[k].shape != v.shape] + [f'{k} has no place here' for k in weights if k not in mine]
     if wrong:
-        fail(f'--init {args.init}: does not fit this network: {wrong[0]} ({len(wrong)} in all); adapt --channels, --attention, '
-             '--layers, --head-channels, --slice-level')
-    net.load_state_dict(weights)
+        fail(f'--init {args.init}: does not fit this network: {wrong[0]} ({len(wrong)} in all); adapt '
+             + ', '.join(f'--{n.replace("_", "-")}' for n in (*MODELS[args.model], 'slice_level')))
+    net.load_state_dict({k: weights.get(plain_name(k), v) for k, v in net.state_dict().items()})
     print0(f'init: {len(mine)} tensors from {args.init}')
-
-
-YOUNGER = dict(p_uncond=0.0, controllable=False, sparse24=False, checkpointing=False, progressive=None)     # than some runs
 
 
 def load_run(path, device='cpu', dtype='fp32', weights='ema'):

@@ -233,7 +233,7 @@ def main(args):
         losses.merge()
         if rank() == 0:
             save_checkpoint(out, dict(net=net.state_dict(), ema=ema.net.state_dict(), ema_updates=ema.updates, opt=opt.state_dict(),
-                                      step=step, args=plain(args), box=list(data.box), spacing=list(spacing), in_channels=net.conv_in.in_channels,
+                                      step=step, args=plain(args), box=list(data.box), spacing=list(spacing), in_channels=net.in_channels,
                                       out_channels=1, extra_dim=int(args.slice_level), loss_by_t=losses.sums.cpu(), curriculum=curriculum.state), args.keep_every)
             losses.write(out / 'loss_by_t.csv')
 
