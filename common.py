@@ -851,9 +851,12 @@ class GroupNorm(nn.GroupNorm):
         return super().forward(x)
 
 
-def attention(q, k, v, mask=None):
-    """softmax(q k^T / sqrt(d)) v for (B, heads, N, d), over the keys where mask (B,1,1,M) is true. Every attention goes through here."""
-    if mask is not None or q.device.type == 'cuda':
+def attention(q, k, v, mask=None, fused=False):
+    """softmax(q k^T / sqrt(d)) v for (B, heads, N, d), over the keys where mask (B,1,1,M) is true. Every attention goes through here.
+
+    fused: on the CPU too torch's kernel where no gradient is wanted; in fp32 it makes a forward of DiT-S/4 a tenth shorter.
+    """
+    if mask is not None or q.device.type == 'cuda' or fused and q.dtype == torch.float32 and not torch.is_grad_enabled():
         return F.scaled_dot_product_attention(q, k, v, mask)
     return CPUAttention.apply(q * q.shape[-1] ** -0.5, k, v)
 
@@ -872,11 +875,11 @@ class Attention(nn.Module):
     brought to a root mean square of one in each head, times a learned scale, so that no logit can grow without end (Esser 2024).
     """
 
-    def __init__(self, channels, head_channels, context_dim=None, bias=True, qk_norm=False):
+    def __init__(self, channels, head_channels, context_dim=None, bias=True, qk_norm=False, fused=False):
         super().__init__()
         if channels % head_channels:
             fail(f'--head-channels {head_channels}: does not divide the {channels} channels of an attention level')
-        self.heads = channels // head_channels
+        self.heads, self.fused = channels // head_channels, fused
         if context_dim is None:
             self.qkv = nn.Linear(channels, 3 * channels, bias)
         else:
@@ -895,7 +898,7 @@ class Attention(nn.Module):
         return self.out(h.transpose(1, 2).flatten(2))
 
     def forward(self, x, context=None):
-        return self.join(attention(*self.project(x, context), None if context is None else (context != 0).any(-1)[:, None, None]))
+        return self.join(attention(*self.project(x, context), None if context is None else (context != 0).any(-1)[:, None, None], self.fused))
 
 
 class SpatialAttention(nn.Module):
@@ -1290,7 +1293,7 @@ class JointBlock(nn.Module):
     def forward(self, x, y, mod, mask=None):
         """x (B,N,width), y (B,M,width), mask (B,1,1,M+N): which tokens may be attended to."""
         streams = [(self.context, y, mod[1]), (self.image, x, mod[0])]
-        joint = attention(*(torch.cat(v, 2) for v in zip(*(s.mixer.project(modulate(h, *m[:2])) for s, h, m in streams))), mask)
+        joint = attention(*(torch.cat(v, 2) for v in zip(*(s.mixer.project(modulate(h, *m[:2])) for s, h, m in streams))), mask, fused=True)
         y, x = (h if s.mixer.out is None else s.feed(h + m[2] * s.mixer.join(part), m)
                 for (s, h, m), part in zip(streams, joint.split((y.shape[1], x.shape[1]), 2)))
         return x, y
@@ -1307,7 +1310,7 @@ class Tokens(nn.Module):
         super().__init__()
         self.checkpointing = False
         self.in_channels, self.dims, self.patch, self.width, self.context_dim, self.mixer = in_channels, dims, patch, width, context_dim, mixer
-        make = {'attention': lambda i: Block(width, Attention(width, width // heads), heads, context_dim),
+        make = {'attention': lambda i: Block(width, Attention(width, width // heads, fused=True), heads, context_dim),
                 'mamba': lambda i: Block(width, Mamba(width, heads, dims), heads, context_dim),
                 'joint': lambda i: JointBlock(width, heads, i == depth - 1)}[mixer]
         self.embed = nn.Linear(patch ** dims * in_channels, width)

@@ -149,6 +149,7 @@ def ratio(a, b):
 
 def tokens(args, dtype):
     """DiT beside diffusers'; forward and backward of one mixer with twice the tokens; one Mamba block where attention is too large."""
+    keep_memory()
     ms = lambda v: f'{1e3 * statistics.median(v):.0f} ms'
     times, memory = race(['diffusers', 'ours'], 'DiT-S/4', 64, 2, args.device, dtype, args.rounds)
     for kind in ('train', 'forward'):
