@@ -148,10 +148,7 @@ def main(args):
             losses.write(out / 'loss_by_t.csv')
 
     if rank() == 0:
-        atomic_write(out / 'args.json', json.dumps(plain(args), indent=1).encode())
-        write_csv(out / 'split.csv', ['patient', 'part', 'slices'], sorted(
-            (name, part, n) for (name, part), n in Counter((r['patient'], p) for r, p in zip(data.table, data.part)).items()))
-        log = Log(out / 'log.csv', ['step', 'loss', 'lr', 'grad_norm', 's_per_step', 'held_out', 'held_out_raw'], start)
+        log = Log.start(args, data, ['step', 'loss', 'lr', 'grad_norm', 's_per_step', 'held_out', 'held_out_raw'], start)
     if not state and not args.iters:
         save(0)                                                              # with --init: a foreign network becomes a run
     if start >= args.iters:
@@ -169,16 +166,7 @@ def main(args):
         final, show = done == args.iters, done % sample_every == 0 or done == args.iters
         keep = final or signum or done % args.save_every == 0
         if done % 20 == 0 or show or keep:
-            values = torch.stack(recent)
-            if world() > 1:
-                dist.all_reduce(values)
-                values /= world()
-            values = values.tolist()
-            for i, value in enumerate(values):
-                if not math.isfinite(value):
-                    at = done - len(values) + i
-                    fail(f'loss is {value} at step {at}, lr {lr_at(at, args):.2e}; stopped, the last checkpoint in {out} is '
-                         'intact. Try a lower --lr', 1)
+            values = checked(recent, done, args)
             seconds, recent = (time.perf_counter() - clock) / len(values), []
             if rank() == 0:
                 bar.set_postfix(loss=f'{np.mean(values):.4f}', refresh=False)
