@@ -82,7 +82,7 @@ def finish_spaces(args, given):
     """After presets: an autoencoder's widths where none were given, and what cannot go with a space."""
     if args.vae:
         if 'channels' not in given:
-            args.channels = tuple(args.channels[0] * m for m in (1, 2, 4, 4)[:len(VAES[args.vae]) + 1])                 # Rombach 2022
+            args.channels = tuple(args.channels[0] // 2 * m for m in (1, 2, 4, 4)[:len(VAES[args.vae]) + 1])            # full: MAISI's widths
         args.attention, factor = (0,) * len(args.channels), max(math.prod(s) for s in zip(*VAES[args.vae]))
         if args.size % factor:
             fail(f'--size {args.size}: --vae {args.vae} needs a multiple of {factor}')
@@ -223,7 +223,8 @@ def train_vae(args, state, data, rows, val, device):
     """Trains an autoencoder: L1 + VGG16 distance + KL + patch GAN. Run folder, resume and random numbers as the image model's.
 
     The loss is per pixel: mean L1 + K KL / pixels = (summed L1 + K KL) / pixels, K = --kl. The usual K = 1e-6 belongs to sums (Rombach
-    2022): beside a mean L1 and an undivided KL it would be too strong by the number of pixels. GAN: hinge loss, K. adaptive_weight.
+    2022): beside a mean L1 and an undivided KL it would be too strong by the number of pixels. The GAN (hinge loss) waits for --gan-from, stages
+    included.
     """
     out, pixels = Path(args.out), args.size ** 2
     torch.manual_seed(seed_of(args.seed, 'weights') % 2 ** 32)
@@ -278,10 +279,9 @@ def train_vae(args, state, data, rows, val, device):
             if p.grad is not None:
                 dist.all_reduce(p.grad)
                 p.grad /= world()
+        norm = [nn.utils.clip_grad_norm_(group['params'], args.clip) for group in opt.param_groups][0]
         for group in opt.param_groups:
             group['lr'] = lr
-        norm = nn.utils.clip_grad_norm_(net.parameters(), args.clip)
-        nn.utils.clip_grad_norm_(disc.parameters(), args.clip)
         opt.step()
         opt.zero_grad(set_to_none=True)
         return total.detach(), norm
