@@ -528,7 +528,7 @@ def main(args):
         for part in (slice(i, i + args.batch_size) for i in range(0, len(picked), args.batch_size)):
             x_0, mask, extra, eps, times = (v if v is None else v.to(device) for v in (*batch(picked[part]), noise[part], t[part]))
             with autocast(device, args.dtype):
-                error = process.loss(network, process.to_range(x_0), eps, times, mask_condition(mask, args.p_uncond), extra=extra)[1]
+                error = process.loss(network, to_x_0(x_0, picked[part]), eps, times, mask_condition(mask, args.p_uncond), extra=extra)[1]
             losses.add(1, process.log_snr(times), error)
         return float(losses.sums[1, 0].sum() / losses.sums[1, 1].sum())
 
