@@ -5,8 +5,8 @@ Read it top to bottom; each section uses only those above it, so a section can b
   1  Runtime      one-line errors, number types for argparse, device and torchrun set-up, seeds, atomic saves, signals
   2  Data         NIfTI -> slices in [-1, 1], masks, brain box, cache, patient split, augmentation, writing patients
   3  Phantom      brains for when there are none: skull, sulci, ventricles, enhancing lesions, a pre/post pair
-  4  Networks     attention, residual block, U-Net (2D and 3D, block by block MONAI's DiffusionModelUNet), build_net
-  5  Processes    DDPM and RFlow: alpha, sigma, log-SNR, losses, the `denoise` closure
+  4  Networks     attention, residual block, Haar, autoencoder (MAISI's), U-Net (MONAI's DiffusionModelUNet) in 2D and 3D, build_net
+  5  Processes    Space (pixels, bands, latents); DDPM and RFlow: alpha, sigma, log-SNR, losses, the `denoise` closure
   6  Samplers     ddpm, ddim, euler, heun, all on that closure
   7  Pictures     grids of slices, line plots (Pillow only)
   8  Training     shared flags and presets, EMA, learning rate, LR finder, run folder, VGG16 features
