@@ -405,7 +405,7 @@ def perceptual_loss(vgg, x0_hat, x_0, t, process):
     return vgg.distance(process.from_range(x0_hat[clear]), process.from_range(x_0[clear])).sum()
 
 
-def read_pairs(directory, space, size, split):
+def read_pairs(directory, size, split, space=Space()):
     """The shards of sample.py --pairs in one: noise, image (N,C,...) in the space, mask (N,1,S,S), level (N,). Fails when a mask's patient may not train."""
     shards = [np.load(f) for f in sorted(Path(directory).glob('pairs_*.npz'))]
     pairs = {k: np.concatenate([s[k] for s in shards]) for k in ('noise', 'image', 'mask', 'level', 'source')}
@@ -438,7 +438,7 @@ def main(args):
     if not len(rows):
         fail(f'--data {" ".join(map(str, roots))}: no slice of a training patient; see --split')
     space, latents = make_space(args, state, data, rows, device)
-    pairs = read_pairs(args.reflow, space, args.size, args.split) if args.reflow else None
+    pairs = read_pairs(args.reflow, args.size, args.split, space) if args.reflow else None
     rows = np.arange(len(pairs.image)) if pairs else rows
     level = torch.tensor([r['level'] for r in data.table])
     print0(f'training on {len(rows)} {"pairs" if pairs else "slices"}, held out {len(val)}')

@@ -2,6 +2,11 @@
 import argparse
 import csv
 import math
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -300,6 +305,25 @@ def test_resume_is_exact(call, tmp_path, monkeypatch, flags):
     call('bravo', tmp_path / 'parts', *flags)
     names = ('net', 'ema', 'disc') if '--gan' in flags else ('net', 'ema')
     assert torch.equal(weights(whole, *names), weights(tmp_path / 'parts', *names))
+
+
+def test_two_processes_train_the_same_autoencoder(call, phantom, cache, tmp_path):
+    """torchrun with 2: the same losses (1e-5) and weights, with the adaptive weight of the GAN in it."""
+    flags = ['--vae', 4, '--gan', 0.5, '--gan-from', 0.25, '--save-every', 1]
+    one = call('bravo', tmp_path / 'one', *flags)
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    script = Path(train_bravo.__file__)
+    done = subprocess.run([str(v) for v in (sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_addr=127.0.0.1',
+                                            f'--master_port={port}', script, '--preset', 'tiny', '--data', phantom, '--iters', 4, '--cache', cache, '--device',
+                                            'cpu', '--dtype', 'fp32', '--sample-every', 100, '--out', tmp_path / 'two', *flags)],
+                          capture_output=True, text=True, timeout=300, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert done.returncode == 0, done.stderr[-3000:]
+    losses = [[float(r['loss']) for r in common.read_csv(out / 'log.csv')] for out in (one, tmp_path / 'two')]
+    assert len(losses[0]) == 4 and np.allclose(*losses, rtol=0, atol=1e-5)
+    for name in ('net', 'disc'):
+        torch.testing.assert_close(weights(one, name), weights(tmp_path / 'two', name), rtol=0, atol=1e-4)
 
 
 def test_stages_train_alone_then_together(call, tmp_path):
