@@ -223,8 +223,8 @@ def train_vae(args, state, data, rows, val, device):
     """Trains an autoencoder: L1 + VGG16 distance + KL + patch GAN. Run folder, resume and random numbers as the image model's.
 
     The loss is per pixel: mean L1 + K KL / pixels = (summed L1 + K KL) / pixels, K = --kl. The usual K = 1e-6 belongs to sums (Rombach
-    2022): beside a mean L1 and an undivided KL it would be too strong by the number of pixels. The GAN (hinge loss) waits for --gan-from, stages
-    included.
+    2022): beside a mean L1 and an undivided KL it would be too strong by the number of pixels. A GAN (hinge loss) joins at --gan-from, but not while
+    the stages of multiscale learn alone.
     """
     out, pixels = Path(args.out), args.size ** 2
     torch.manual_seed(seed_of(args.seed, 'weights') % 2 ** 32)
