@@ -5,9 +5,9 @@ Read it top to bottom; each section uses only those above it, so a section can b
   1  Runtime      one-line errors, number types for argparse, device and torchrun set-up, seeds, atomic saves, signals
   2  Data         NIfTI -> slices in [-1, 1], masks, brain box, cache, patient split, augmentation, writing patients
   3  Phantom      brains for when there are none: skull, sulci, ventricles, enhancing lesions, a pre/post pair
-  4  Networks     attention, residual block, U-Net (2D and 3D, block by block MONAI's DiffusionModelUNet); networks of tokens
-                  (2D and 3D): DiT, the same with Mamba's scan, MMDiT with two streams; build_net
-  5  Processes    DDPM and RFlow: alpha, sigma, log-SNR, losses, the `denoise` closure
+  4  Networks     attention, residual block, Haar, autoencoder (MAISI's), U-Net (MONAI's DiffusionModelUNet); networks of tokens: DiT,
+                  the same with Mamba's scan, MMDiT with two streams, all in 2D and 3D; 2:4 sparsity, pruning; build_net
+  5  Processes    Space (pixels, bands, latents); DDPM and RFlow: alpha, sigma, log-SNR, losses, the `denoise` closure
   6  Samplers     ddpm, ddim, euler, heun, all on that closure
   7  Pictures     grids of slices, line plots (Pillow only)
   8  Training     shared flags and presets, EMA, learning rate, LR finder, run folder, VGG16 features
@@ -948,18 +948,19 @@ def zero_(layer):
 
 
 class ResBlock(nn.Module):
-    """GroupNorm, SiLU, conv, + time embedding, GroupNorm, SiLU, conv (zero at the start), + shortcut."""
+    """GroupNorm, SiLU, conv, + time embedding (embed > 0), GroupNorm, SiLU, conv (zero at the start), + shortcut."""
 
     def __init__(self, in_channels, out_channels, embed, groups, conv):
         super().__init__()
         self.norm1, self.conv1 = GroupNorm(groups(in_channels), in_channels, eps=1e-6), conv(in_channels, out_channels)
-        self.time = nn.Linear(embed, out_channels)
+        self.time = nn.Linear(embed, out_channels) if embed else None
         self.norm2, self.conv2 = GroupNorm(groups(out_channels), out_channels, eps=1e-6), zero_(conv(out_channels, out_channels))
         self.skip = nn.Identity() if in_channels == out_channels else conv(in_channels, out_channels, 1)
 
-    def forward(self, x, emb):
+    def forward(self, x, emb=None):
         h = self.conv1(F.silu(self.norm1(x)))
-        h += self.time(emb)[(...,) + (None,) * (x.ndim - 2)]                 # in place: no gradient needs a convolution's result
+        if self.time:
+            h += self.time(emb)[(...,) + (None,) * (x.ndim - 2)]             # in place: no gradient needs a convolution's result
         h = self.conv2(F.silu(self.norm2(h)))
         h += self.skip(x)
         return h
@@ -993,6 +994,176 @@ class Upsample(nn.Module):
             part = outs[(slice(None), slice(i * c, (i + 1) * c), *(slice(p, p + s) for p, s in zip(phase, n)))]
             y[(..., *(slice(p, None, 2) for p in phase))] = part
         return y
+
+
+def space_to_depth(x, factor):
+    """(B,C,*size) -> (B, C prod(factor), *size/factor): the pixels of each block become channels, none is lost (pixel-unshuffle).
+
+    Channel c of x becomes the channels from c prod(factor) on, the block's pixels row by row. factor: one number an axis.
+    """
+    dims = len(factor)
+    x = x.reshape(*x.shape[:2], *(n for s, f in zip(x.shape[2:], factor) for n in (s // f, f)))
+    return x.permute(0, 1, *range(3, 3 + 2 * dims, 2), *range(2, 2 + 2 * dims, 2)).flatten(1, 1 + dims)
+
+
+def depth_to_space(x, factor):
+    """The inverse of space_to_depth (pixel-shuffle)."""
+    dims = len(factor)
+    size = [s * f for s, f in zip(x.shape[2:], factor)]
+    x = x.unflatten(1, (-1, *factor))
+    return x.permute(0, 1, *(a for i in range(dims) for a in (2 + dims + i, 2 + i))).reshape(*x.shape[:2], *size)
+
+
+def haar(x):
+    """Orthonormal Haar transform: (B,C,H,W) -> (B,4C,H/2,W/2), (B,C,D,H,W) -> (B,8C,D/2,H/2,W/2). Even sizes.
+
+    Band s of channel c is out[:, s C + c]; the bits of s say along which axes it is a difference, the last axis (x) being the
+    lowest bit. In 2D with the block (a b; c d): LL = (a+b+c+d)/2, LH = (a-b+c-d)/2, HL = (a+b-c-d)/2, HH = (a-b-c+d)/2.
+    White noise stays white; a constant v is 2 v in LL (2^(3/2) v in 3D) and 0 elsewhere.
+    """
+    for axis in reversed(range(2, x.ndim)):
+        a, b = x.unflatten(axis, (-1, 2)).unbind(axis + 1)
+        x = torch.cat([a + b, a - b], 1)
+    return x * 2 ** (1 - x.ndim / 2)
+
+
+def inverse_haar(x):
+    """The inverse of haar."""
+    for axis in range(2, x.ndim):
+        low, high = x.chunk(2, 1)
+        x = torch.stack([low + high, low - high], axis + 1).flatten(axis, axis + 1)
+    return x * 2 ** (1 - x.ndim / 2)
+
+
+class Down(nn.Module):
+    """A 3-wide convolution of stride 1 or 2 an axis, zeros padded at the far end only (Rombach 2022, MAISI).
+
+    shortcut: added to the pixels of each block as channels, averaged in groups (DC-AE, Chen 2024, arXiv 2410.10733): what there
+    is gets through before anything is learned.
+    """
+
+    def __init__(self, in_channels, out_channels, stride, shortcut=False):
+        super().__init__()
+        self.conv = (nn.Conv2d, nn.Conv3d)[len(stride) - 2](in_channels, out_channels, 3, stride)
+        self.stride, self.shortcut = stride, shortcut
+        self.pad = [p for s in reversed(stride) for p in ((0, 1) if s == 2 else (1, 1))]
+
+    def forward(self, x):
+        h = self.conv(F.pad(x, self.pad))
+        return h + self.average(x, h.shape[1], self.stride) if self.shortcut else h
+
+    @staticmethod
+    def average(x, channels, stride):
+        return space_to_depth(x, stride).unflatten(1, (channels, -1)).mean(2)
+
+
+class Up(Upsample):
+    """Upsampling by 1 or 2 an axis: nearest, or linear with `smooth` (MAISI), then a 3-wide convolution. shortcut: the inverse of Down's."""
+
+    def __init__(self, in_channels, out_channels, stride, smooth=False, shortcut=False):
+        super().__init__(in_channels, lambda i, o: (nn.Conv2d, nn.Conv3d)[len(stride) - 2](i, out_channels, 3, padding=1))
+        self.stride, self.smooth, self.shortcut = stride, smooth, shortcut
+
+    def forward(self, x):
+        if self.smooth or min(self.stride) == 1:
+            mode = 'nearest' if not self.smooth else 'bilinear' if x.ndim == 4 else 'trilinear'
+            h = self.conv(F.interpolate(x, scale_factor=[float(s) for s in self.stride], mode=mode))
+        else:
+            h = super().forward(x)
+        return h + self.repeat(x, h.shape[1], self.stride) if self.shortcut else h
+
+    @staticmethod
+    def repeat(x, channels, stride):
+        return depth_to_space(x.repeat_interleave(channels * math.prod(stride) // x.shape[1], 1), stride)
+
+
+class Autoencoder(nn.Module):
+    """Variational autoencoder in 2D or 3D (Rombach 2022): the same function as MAISI's (3D) for the same weights (load_maisi_vae).
+
+    channels: width of each level; strides: from each level to the next, 1 or 2 an axis (none: 2); layers: residual blocks a level.
+    smooth: upsampling by interpolation instead of nearest. shortcut: residual paths of DC-AE. No attention: it is for any size.
+    """
+
+    def __init__(self, in_channels=1, latent=4, channels=(64, 128, 256), layers=2, strides=None, dims=2, norm_groups=32,
+                 smooth=False, shortcut=False):
+        super().__init__()
+        strides = strides or [(2,) * dims] * (len(channels) - 1)
+        Conv = nn.Conv2d if dims == 2 else nn.Conv3d
+        conv = lambda i, o, k=3: Conv(i, o, k, padding=k // 2)
+        groups = lambda c: math.gcd(c, norm_groups)
+        norm = lambda c: GroupNorm(groups(c), c, eps=1e-6)
+        encoder, decoder, c = [conv(in_channels, channels[0])], [conv(latent, channels[-1])], channels[0]
+        for level, o in enumerate(channels):
+            for _ in range(layers):
+                encoder.append(ResBlock(c, o, 0, groups, conv))
+                c = o
+            if level < len(channels) - 1:                    # with shortcuts it widens here: averaging in groups then keeps more than a mean
+                c = channels[level + 1] if shortcut else o
+                encoder.append(Down(o, c, strides[level], shortcut))
+        for level, o in reversed(list(enumerate(channels))):
+            for _ in range(layers):
+                decoder.append(ResBlock(c, o, 0, groups, conv))
+                c = o
+            if level:
+                c = channels[level - 1] if shortcut else o
+                decoder.append(Up(o, c, strides[level - 1], smooth, shortcut))
+        self.encoder = nn.Sequential(*encoder, norm(channels[-1]), conv(channels[-1], latent))
+        self.decoder = nn.Sequential(*decoder, norm(channels[0]), conv(channels[0], in_channels))
+        self.mean, self.log_var, self.from_latent = (conv(latent, latent, 1) for _ in range(3))
+
+    def encode(self, x):
+        """x (B,in_channels,*size) -> mean and log-variance of z (B,latent,*size/factor)."""
+        h = self.encoder(x)
+        return self.mean(h), self.log_var(h).clamp(-30, 20)
+
+    def decode(self, z):
+        return self.decoder(self.from_latent(z))
+
+    def forward(self, x, noise=None, stage=None):
+        """Reconstruction, mean, log-variance. noise: standard normal like the latent, none: decodes the mean."""
+        mean, log_var = self.encode(x)
+        return self.decode(mean if noise is None else mean + (log_var / 2).exp() * noise), mean, log_var
+
+
+class MultiScale(nn.Module):
+    """Gradual compression: a chain of autoencoders that halve each axis, with DC-AE's shortcuts; stage k compresses the latent of stage k-1.
+
+    Only the last latent is drawn from its distribution (and has a KL); those between hold their means, twice as many channels.
+    """
+
+    def __init__(self, in_channels=1, latent=4, channels=(64, 128, 256, 256), layers=2, dims=2, norm_groups=32):
+        super().__init__()
+        self.last = len(channels) - 2
+        widths = [in_channels, *[2 * latent] * self.last, latent]
+        self.stages = nn.ModuleList(Autoencoder(widths[k], widths[k + 1], channels[k:k + 2], layers, None, dims, norm_groups, shortcut=True)
+                                    for k in range(self.last + 1))
+
+    def encode(self, x, stage=None):
+        for part in self.stages[:self.last + 1 if stage is None else stage + 1]:
+            x, log_var = part.encode(x)
+        return x, log_var
+
+    def decode(self, z, stage=None):
+        for part in reversed(self.stages[:self.last + 1 if stage is None else stage + 1]):
+            z = part.decode(z)
+        return z
+
+    def forward(self, x, noise=None, stage=None):
+        """As Autoencoder's, through the stages 0 .. stage (none: all)."""
+        mean, log_var = self.encode(x, stage)
+        return self.decode(mean if noise is None else mean + (log_var / 2).exp() * noise, stage), mean, log_var
+
+
+# --vae: the strides from level to level
+VAES = {'2': [(2, 2)], '2x4': [(2, 2), (1, 2)], '4': [(2, 2)] * 2, '8': [(2, 2)] * 3, 'multiscale': [(2, 2)] * 3}
+
+
+def build_autoencoder(args):
+    """The autoencoder that --vae, --channels, --layers, --latent-channels describe, and its factor (y, x)."""
+    strides, channels, factor = VAES[args.vae], tuple(args.channels), tuple(math.prod(s) for s in zip(*VAES[args.vae]))
+    if args.vae == 'multiscale':
+        return MultiScale(1, args.latent_channels, channels, args.layers, norm_groups=args.norm_groups), factor
+    return Autoencoder(1, args.latent_channels, channels, args.layers, strides, norm_groups=args.norm_groups), factor
 
 
 def time_embedding(t, channels, max_period=10000):
@@ -1120,6 +1291,20 @@ def load_monai(state_dict):
             out[f'{stem[:-4]}qkv.{name}'] = torch.cat([near('q'), near('k'), near('v')])
         elif not stem.endswith(('.to_k', '.to_v')):
             out[key] = value
+    return out
+
+
+def load_maisi_vae(state_dict):
+    """A state dict of MAISI's AutoencoderKlMaisi, or of MONAI's AutoencoderKL without attention, under Autoencoder's names."""
+    wrap = '.conv.conv.' if any(k.startswith('encoder.blocks.0.conv.conv.') for k in state_dict) else '.conv.'    # MAISI wraps twice
+    rename = [('.blocks.', '.'), ('postconv', 'conv'), ('nin_shortcut', 'skip'), ('post_quant_conv', 'from_latent'), ('quant_conv_mu', 'mean'),
+              ('quant_conv_log_sigma', 'log_var')]
+    out = {}
+    for key, value in state_dict.items():
+        key = key.replace('.conv.' if 'quant_conv' in key else wrap, '.', 1)
+        for old, new in rename:
+            key = key.replace(old, new)
+        out[key] = value
     return out
 
 
@@ -1436,7 +1621,7 @@ def build_net(args, in_channels, out_channels, extra_dim=0):
 def cut_block(block, keep):
     """Takes channels out of the inside of a residual block, in place: keep (K,) says which stay, whole groups of its second norm,
     so that the statistics of the others stay as they were."""
-    size = block.norm2.num_channels // block.norm2.num_groups
+    size, keep = block.norm2.num_channels // block.norm2.num_groups, keep.to(block.norm2.weight.device)
     for layer, dim in ((block.conv1, 0), (block.time, 0), (block.norm2, 0), (block.conv2, 1)):
         layer.weight = nn.Parameter(layer.weight.detach().index_select(dim, keep))
         if dim == 0:
@@ -1461,7 +1646,7 @@ def prune(net, process, args, x_0, mask=None, context=None, extra=None):
     zero. channels: whole norm groups inside the residual blocks go, by the mean over what hangs on them, until the share is reached.
     """
     if args.prune_by == 'taylor':
-        noise, ts = torch.randn(x_0.shape, generator=generator('prune')), process.times(min(20, args.steps or 20))[:-1]
+        noise, ts = torch.randn(x_0.shape, generator=generator('prune')).to(x_0.device), process.times(min(20, args.steps or 20))[:-1].to(x_0.device)
         loss = lambda t: process.loss(net, x_0, noise, t.expand(len(x_0)), mask, context, extra)[0].mean()
         with torch.no_grad():
             levels = torch.stack([loss(t) for t in ts])
@@ -1503,7 +1688,64 @@ def prune(net, process, args, x_0, mask=None, context=None, extra=None):
 # ---------------------------------------------------------------------------------------------------------------------
 # 5  Processes
 # ---------------------------------------------------------------------------------------------------------------------
-# x_t = alpha(t) x_0 + sigma(t) eps, t=0 data, t=1 noise. All of a process is in alpha, sigma and log_snr.
+# x_t = alpha(t) x_0 + sigma(t) eps, t=0 data, t=1 noise. All of a process is in alpha, sigma and log_snr; where it acts (pixels,
+# Haar bands, latents) is in its Space.
+
+
+class Space(nn.Module):
+    """Where a process acts: x_0 = encode(image), image = decode(x_0), and a mask as channels on the grid of x_0.
+
+    about: none for pixels, where nothing is done. For Haar bands: shift and scale (C,), each band's mean and standard deviation
+    over the training slices, so that every band has the same SNR at a time t. For latents (always the posterior's mean) the same of
+    each channel, and args, weights, hash of the autoencoder: a run stores all of it and needs no other file.
+    """
+
+    def __init__(self, about=None):
+        super().__init__()
+        self.about, self.channels, self.factor, self.autoencoder = about, 1, (1, 1), None
+        if about and 'weights' in about:
+            self.autoencoder, self.factor = build_autoencoder(argparse.Namespace(**about['args']))
+            self.autoencoder.load_state_dict(about['weights'])
+        elif about:
+            self.factor = (2, 2)
+        if about:
+            self.channels = len(about['scale'])
+            self.register_buffer('shift', about['shift'].float().view(-1, 1, 1))
+            self.register_buffer('scale', about['scale'].float().view(-1, 1, 1))
+        self.eval().requires_grad_(False)
+
+    @property
+    def name(self):
+        return 'pixels' if not self.about else 'latents' if self.autoencoder else 'bands'
+
+    def shape(self, size):
+        """Of x_0 for images of size x size."""
+        return self.channels, size // self.factor[0], size // self.factor[1]
+
+    def transform(self, images):
+        """x_0 before shift and scale."""
+        return haar(images) if self.autoencoder is None else self.autoencoder.encode(images)[0]
+
+    def encode(self, images):
+        """images (B,1,S,S) in [-1,1] -> x_0 (B,channels,S/factor,S/factor)."""
+        return (self.transform(images) - self.shift) / self.scale if self.about else images
+
+    def decode(self, x_0):
+        if not self.about:
+            return x_0
+        x_0 = x_0 * self.scale + self.shift
+        return inverse_haar(x_0) if self.autoencoder is None else self.autoencoder.decode(x_0)
+
+    def condition(self, mask):
+        """Mask channels (B,M,S,S) on the grid of x_0. Every pixel of the mask stays (space_to_depth), so no lesion can fall between the
+        grid's points; mask-present, the same everywhere, stays one channel."""
+        if not self.about or mask is None:
+            return mask
+        return torch.cat([space_to_depth(mask[:, :1], self.factor), mask[:, 1:, ::self.factor[0], ::self.factor[1]]], 1)
+
+    def in_channels(self, mask_channels):
+        """Of the network: x_0, and `mask_channels` (0, 1 or 2) as condition() lays them out."""
+        return self.channels + (math.prod(self.factor) + mask_channels - 1 if mask_channels else 0)
 
 
 def like(value, x):
@@ -1524,13 +1766,15 @@ class Process:
     range = (-1.0, 1.0)                         # of x_0 inside the process; (0, 1) for networks from elsewhere (--init-range)
     density, centre, width, mix = 'uniform', 0.0, 1.0, 0.0     # of training times: see draw_t
     shift = 1.0                                 # of the sampling times of a network trained with --progressive
+    space = Space()                             # pixels
 
     def to_range(self, x):
-        """From the data's [-1, 1] to the process's range."""
+        """From images in [-1, 1] to x_0: into the process's space and range."""
+        x = self.space.encode(x)
         return self.range[0] + (x + 1) * ((self.range[1] - self.range[0]) / 2) if self.range != (-1.0, 1.0) else x
 
     def from_range(self, x):
-        return (x - self.range[0]) * (2 / (self.range[1] - self.range[0])) - 1 if self.range != (-1.0, 1.0) else x
+        return self.space.decode((x - self.range[0]) * (2 / (self.range[1] - self.range[0])) - 1 if self.range != (-1.0, 1.0) else x)
 
     def draw_t(self, n, g, window=(0.0, 1.0), shift=1.0):
         """n training times in (0, 1], on the grid if there is one.
@@ -1594,9 +1838,10 @@ class Process:
         return torch.minimum(self.alpha(t) ** 2, gamma * self.sigma(t) ** 2)      # = min(SNR, gamma) sigma^2
 
     def loss(self, net, x_0, eps, t, mask=None, context=None, extra=None, min_snr=0.0):
-        """Weighted loss of each image (B,), plain squared error and x0_hat (B,C,...), for noise eps at times t (B,)."""
+        """Weighted loss of each image (B,), plain squared error and x0_hat (B,C,...), for noise eps at times t (B,). mask in pixels,
+        x_0 in the process's space."""
         a, s = like(self.alpha(t), x_0), like(self.sigma(t), x_0)
-        x_t = a * x_0 + s * eps
+        x_t, mask = a * x_0 + s * eps, self.space.condition(mask)
         out = net(x_t if mask is None else torch.cat([x_t, mask], 1), self.net_time(t), context, extra).float()
         square = (out - self.target_of(x_0, eps, t)).square()
         error = square.flatten(1).mean(1)
@@ -1744,12 +1989,13 @@ class Guidance:
 def make_denoise(net, process, mask=None, context=None, extra=None, dtype='fp32', clip=False, guidance=None):
     """denoise(x_t, t) -> x0_hat, eps_hat, in fp32: the one door between a network and a sampler.
 
-    mask (B,M,H,W), context (B,N,D) and extra (B,E) are the conditions of the B images. guidance mixes in x_0 space a second
-    forward, of the null conditions. clip bounds x0_hat to the data's range. Both move eps_hat along, so that
+    mask (B,M,H,W) in pixels, context (B,N,D) and extra (B,E) are the conditions of the B images. guidance mixes in x_0 space a second
+    forward, of the null conditions. clip bounds x0_hat to the data's range (in pixels only). Both move eps_hat along, so that
     alpha x0_hat + sigma eps_hat = x_t still holds. t: a number, or one for each image (B,), on the CPU.
     """
 
     def forward(x_t, t, mask, context):
+        mask = process.space.condition(mask)
         with autocast(x_t.device, dtype):
             return net(x_t if mask is None else torch.cat([x_t, mask], 1), process.net_time(t), context, extra).float()
 
@@ -1946,6 +2192,17 @@ def to_rgb(image):
     """(H,W) in [-1,1] -> (H,W,3) uint8."""
     grey = np.uint8(np.clip((np.asarray(image, np.float32) + 1) * 127.5 + 0.5, 0, 255))
     return np.repeat(grey[..., None], 3, -1)
+
+
+def ssim_parts(x, y):
+    """Luminance and structure of SSIM (Wang 2004) of pairs x, y (N,1,H,W) in [-1,1]: maps (N,1,H-10,W-10). Window 11, sigma 1.5."""
+    g = torch.exp(-(torch.arange(11.0) - 5) ** 2 / (2 * 1.5 ** 2))
+    window = (g.outer(g) / g.sum() ** 2)[None, None].to(x)
+    blur = lambda v: F.conv2d(v, window)
+    mx, my = blur(x), blur(y)
+    vx, vy, cov = blur(x * x) - mx * mx, blur(y * y) - my * my, blur(x * y) - mx * my
+    c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2                                     # a range of 2
+    return (2 * mx * my + c1) / (mx * mx + my * my + c1), (2 * cov + c2) / (vx + vy + c2)
 
 
 def outline(image, mask, colour=(255, 80, 60), zoom=1):
@@ -2534,6 +2791,11 @@ def load_checkpoint(path):
     return load_file(path)
 
 
+def weights_hash(tensors):
+    """12 digits that name a set of weights."""
+    return hashlib.sha256(b''.join(v.float().cpu().numpy().tobytes() for v in tensors.values())).hexdigest()[:12]
+
+
 def open_run(args):
     """Makes the run folder, or finds the checkpoint to resume from. Returns it or None; fails when the flags differ."""
     out = Path(args.out)
@@ -2623,6 +2885,8 @@ def load_run(path, device='cpu', dtype='fp32', weights='ema'):
     state = load_checkpoint(path)
     if not isinstance(state, dict) or not {'args', 'ema', 'box', 'in_channels'} <= state.keys():
         fail(f'{path}: is not a run of train_seg.py or train_bravo.py')
+    if state['args'].get('vae'):
+        fail(f'{path}: is an autoencoder; it is used by an image model trained with train_bravo.py --latent {path}')
     args = argparse.Namespace(**{**YOUNGER, **state['args']})
     net = build_net(args, state['in_channels'], state['out_channels'], state['extra_dim'])
     tensors = state.get(weights if weights == 'ema' else 'net')
@@ -2630,11 +2894,26 @@ def load_run(path, device='cpu', dtype='fp32', weights='ema'):
         fail(f'{path}: holds no {weights} weights; use --weights ema')
     fit_pruned(net, tensors)
     net.load_state_dict(tensors)
-    digest = hashlib.sha256(b''.join(v.float().numpy().tobytes() for v in tensors.values())).hexdigest()[:12]
-    args.dtype = dtype
-    return argparse.Namespace(net=net.to(device, memory_format=torch.channels_last).eval(), process=build_process(args),
+    args.dtype, process = dtype, build_process(args)
+    process.space = Space(state.get('space')).to(device)
+    return argparse.Namespace(net=net.to(device, memory_format=torch.channels_last).eval(), process=process,
                               args=args, step=state['step'], box=tuple(state['box']), spacing=tuple(state['spacing']),
-                              hash=digest, path=str(path))
+                              hash=weights_hash(tensors), path=str(path))
+
+
+def checked(recent, done, args):
+    """The losses of the steps up to `done`, averaged over processes, as numbers. Stops the run when one is none."""
+    values = torch.stack(recent)
+    if world() > 1:
+        dist.all_reduce(values)
+        values /= world()
+    values = values.tolist()
+    for i, value in enumerate(values):
+        if not math.isfinite(value):
+            at = done - len(values) + i
+            fail(f'loss is {value} at step {at}, lr {lr_at(at, args):.2e}; stopped, the last checkpoint in {args.out} is '
+                 'intact. Try a lower --lr', 1)
+    return values
 
 
 LOSS_BINS = torch.linspace(-10, 10, 21)               # of log-SNR; the outermost are open
@@ -2689,6 +2968,15 @@ class Log:
     def add(self, **row):
         with open(self.path, 'a') as f:
             f.write(','.join(f'{row[h]:.6g}' if isinstance(row.get(h), float) else str(row.get(h, '')) for h in self.header) + '\n')
+
+    @classmethod
+    def start(cls, args, data, header, step):
+        """Writes what a run folder holds from the start (args.json, split.csv) and opens its log."""
+        out = Path(args.out)
+        atomic_write(out / 'args.json', json.dumps(plain(args), indent=1).encode())
+        write_csv(out / 'split.csv', ['patient', 'part', 'slices'], sorted(
+            (name, part, n) for (name, part), n in Counter((r['patient'], p) for r, p in zip(data.table, data.part)).items()))
+        return cls(out / 'log.csv', header, step)
 
     def curve(self, name):
         rows = [(int(r['step']), float(r[name])) for r in read_csv(self.path) if r[name]]

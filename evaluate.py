@@ -124,17 +124,11 @@ def ms_ssim(x, y):
     """Multi-scale SSIM (Wang 2003) of pairs x, y (N,1,H,W) in [-1,1]: (N,). Window 11, sigma 1.5; scales while the side is >= 11."""
     scales = min(5, int(math.log2(x.shape[-1] / 11)) + 1)
     weights = torch.tensor(MS_SSIM[:scales])
-    g = torch.exp(-(torch.arange(11.0) - 5) ** 2 / (2 * 1.5 ** 2))
-    window = (g.outer(g) / g.sum() ** 2)[None, None].to(x)
-    blur = lambda v: F.conv2d(v, window)
     out = x.new_ones(len(x))
     for i, weight in enumerate((weights / weights.sum()).tolist()):
-        mx, my = blur(x), blur(y)
-        vx, vy, cov = blur(x * x) - mx * mx, blur(y * y) - my * my, blur(x * y) - mx * my
-        c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2                                 # a range of 2
-        structure = (2 * cov + c2) / (vx + vy + c2)
+        luminance, structure = ssim_parts(x, y)
         if i == scales - 1:
-            structure = structure * (2 * mx * my + c1) / (mx * mx + my * my + c1)
+            structure = structure * luminance
         out = out * structure.mean((1, 2, 3)).clamp(min=0) ** weight
         x, y = F.avg_pool2d(x, 2), F.avg_pool2d(y, 2)
     return out

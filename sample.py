@@ -126,7 +126,10 @@ def solver(run, args, steps):
     ts = run.process.times(steps, args.grid, args.shift)
     if args.steps_file and run.args.script == 'bravo':
         ts = read_steps(args, run)
-    return name, ts, not run.args.rflow if args.clip is None else args.clip
+    pixels = not run.process.space.about
+    if args.clip and not pixels:
+        fail(f'--clip: bounds pixels; {run.path} acts on {run.process.space.name}, which have no bounds')
+    return name, ts, pixels and not run.args.rflow if args.clip is None else args.clip
 
 
 def jump_costs(states, x_0s, ts, process):
@@ -168,7 +171,7 @@ def learn_steps(run, args, draw_with, out):
         states.append(x_t), x_0s.append(x_0)
 
     end = draw_with(callback, len(ts) - 1)
-    cost = jump_costs([*states, run.process.to_range(end)], x_0s, ts, run.process)
+    cost = jump_costs([*states, end], x_0s, ts, run.process)
     path, total = best_steps(cost, args.learn_steps)
     plain_path = [round(i * (len(ts) - 1) / args.learn_steps) for i in range(args.learn_steps + 1)]
     uniform = sum(float(cost[i, j]) for i, j in zip(plain_path, plain_path[1:]))
@@ -195,7 +198,7 @@ def write_pairs(args, run, conditions, out):
             some, start = ids[i:i + args.batch_size], []
             mask, level, about = conditions(some)
             image = draw(run, args, some, 'image', args.steps, mask, level, lambda i, t, x_t, x_0: start or start.append(x_t.cpu()))
-            parts.append((start[0].numpy(), run.process.to_range(image).cpu().numpy(), np.uint8(mask.cpu().numpy()), level.numpy(), np.array(some),
+            parts.append((start[0].numpy(), image.cpu().numpy(), np.uint8(mask.cpu().numpy()), level.numpy(), np.array(some),
                           np.array([a[0] for a in about])))
         buffer = io.BytesIO()
         np.savez(buffer, **dict(zip(('noise', 'image', 'mask', 'level', 'index', 'source'), map(np.concatenate, zip(*parts)))))
@@ -258,12 +261,12 @@ def read_requests(args, run):
 
 
 def draw(run, args, numbers_, what, steps, mask=None, level=None, callback=None, requests=None, trace=None):
-    """x_0 (B,1,S,S) in [-1,1] for the images of these numbers. Each has a generator of its own, so that its noise is the
-    same bits whatever shares its batch. trace: gets the steps of --sampler adaptive."""
+    """x_0 (B,C,...) in the process's space and range for the images of these numbers. Each has a generator of its own, so that its
+    noise is the same bits whatever shares its batch. trace: gets the steps of --sampler adaptive."""
     name, ts, clip = solver(run, args, steps)
     device, weight = next(run.net.parameters()).device, args.cfg if what == 'image' else args.seg_cfg
     sources = [generator(args.seed, what, i) for i in numbers_]
-    noise = lambda: torch.stack([torch.randn(1, run.args.size, run.args.size, generator=g) for g in sources]).to(device)
+    noise = lambda: torch.stack([torch.randn(run.process.space.shape(run.args.size), generator=g) for g in sources]).to(device)
     extra = level[:, None].to(device) if run.args.slice_level else None
     null = [None] * len(numbers_)
     context = lesion_tokens(requests or null).to(device) if run.args.controllable else None
@@ -272,7 +275,7 @@ def draw(run, args, numbers_, what, steps, mask=None, level=None, callback=None,
                                                  lesion_tokens(null).to(device) if run.args.controllable else None)
     denoise = make_denoise(run.model, run.process, mask, context, extra, args.dtype, clip, guidance)
     more = {'ddim': dict(eta=args.eta), 'adaptive': dict(tol=args.tol or 0.01, pair=args.pair or 'bs23', trace=trace)}.get(name, {})
-    return run.process.from_range(SAMPLERS[name](denoise, noise(), ts, run.process, noise, callback, **more))
+    return SAMPLERS[name](denoise, noise(), ts, run.process, noise, callback, **more)
 
 
 class Masks:
@@ -359,15 +362,15 @@ def close_set(out):
     return rows
 
 
-def keep_steps(wanted, ts, store):
-    """A sampler callback that puts x_t and x0_hat into `store` at the solver's times nearest to the wanted ones."""
+def keep_steps(wanted, ts, store, space):
+    """A sampler callback that puts x_t and x0_hat, as images, into `store` at the solver's times nearest to the wanted ones."""
     at = {t: int((ts - t).abs().argmin()) for t in wanted if t > 0}
     if len(set(at.values())) < len(at):
         fail(f'--save-at {",".join(map(str, wanted))}: two of these fall on one of the {len(ts) - 1} solver steps; use more --steps')
 
     def callback(i, t, x_t, x0_hat):
         if i in at.values():
-            store.append((t, x_t.cpu(), x0_hat.cpu()))
+            store.append((t, space.decode(x_t).cpu(), space.decode(x0_hat).cpu()))
 
     return callback
 
@@ -414,7 +417,7 @@ def main(args):
     masks = Masks(args, main_run.args.size, main_run.box)
     name, ts, _ = solver(main_run, args, args.steps if args.bravo else args.seg_steps)
     if args.save_at:
-        keep_steps(args.save_at, ts, [])                                         # fails now, not after the first batch
+        keep_steps(args.save_at, ts, [], None)                                         # fails now, not after the first batch
 
     def conditions(ids):
         """Of the images of these numbers: masks (B,1,S,S) of 0 and 1, levels (B,), and (source patient, condition, spacing) of each."""
@@ -424,7 +427,7 @@ def main(args):
             return mask, torch.tensor([p[1] for p in picked]), [p[2:] for p in picked]
         level = torch.tensor([masks.level(i) for i in ids])
         asked = [requests[i % len(requests)] for i in ids] if requests else None
-        drawn = draw(runs['seg'], args, ids, 'mask', args.seg_steps, level=level, requests=asked)
+        drawn = runs['seg'].process.from_range(draw(runs['seg'], args, ids, 'mask', args.seg_steps, level=level, requests=asked))
         told = [f'seg:{runs["seg"].hash}' + (f' request {i % len(requests)}: {len(r)} lesions' if asked else '') for i, r in zip(ids, asked or ids)]
         return (drawn > 0).float(), level, [('', t, runs['seg'].spacing) for t in told]
 
@@ -455,9 +458,10 @@ def main(args):
         mask, level, about = conditions(ids)
         images, steps = None, []
         if args.bravo:
-            callback = keep_steps(args.save_at, ts, steps) if args.save_at else None
+            callback = keep_steps(args.save_at, ts, steps, main_run.process.space) if args.save_at else None
             trace = []
-            images = draw(main_run, args, ids, 'image', args.steps, mask, level, callback, None, trace).clamp(-1, 1).cpu().numpy()[:, 0]
+            x_0 = draw(main_run, args, ids, 'image', args.steps, mask, level, callback, None, trace)
+            images = main_run.process.from_range(x_0).clamp(-1, 1).cpu().numpy()[:, 0]
             if name == 'adaptive':
                 traces.append([torch.stack(v) for v in zip(*trace)])
         mask = mask.cpu().numpy()[:, 0]

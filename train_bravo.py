@@ -3,9 +3,12 @@
   python train_bravo.py --rflow --steps 100                         the built-in phantom, minutes on two cores
   python train_bravo.py --rflow --data DIR --out runs/mine          your patients (one folder each: bravo.nii.gz, seg.nii.gz)
   python train_bravo.py --rflow --data DIR --perceptual 0.01 --perceptual-weights vgg16.pth
+  python train_bravo.py --vae 4 --data DIR --out runs/vae           an autoencoder; then the image model on its latents:
+  python train_bravo.py --rflow --latent runs/vae --data DIR
 
-The network sees the noisy image and the mask as two channels. Beside train_seg.py this file has the mask channel and the
-perceptual loss; the rest is the same, line by line. Leaves in --out: ckpt.pt, log.csv, loss_by_t.csv, samples_*.png.
+The network sees the noisy image and the mask as two channels. Beside train_seg.py this file has the mask channel, the
+perceptual loss and the spaces (--wavelet, --latent, --vae); the rest is the same, line by line. Leaves in --out: ckpt.pt, log.csv,
+loss_by_t.csv, samples_*.png.
 """
 from common import *
 
@@ -21,7 +24,18 @@ def get_args(argv=None):
     g = p.add_argument_group('reflow')
     g.add_argument('--reflow', metavar='DIR', help='train on the pairs of noise and image in DIR (sample.py --pairs) instead of patients')
     g.add_argument('--distill', action='store_true', help='with --reflow: only at t=1, for images in one step')
-    args = finish_args(p.parse_args(argv))
+    g = p.add_argument_group('space: where the process acts (none: on pixels)')
+    g.add_argument('--wavelet', action='store_true', help='on Haar bands: 4 channels of half the side')
+    g.add_argument('--latent', metavar='RUN', help='on latents: of this autoencoder (a run of --vae), or as this run on latents does')
+    g = p.add_argument_group('autoencoder')
+    g.add_argument('--vae', choices=tuple(VAES), help='train an autoencoder and no image model: factor an axis; multiscale: 8, in three stages')
+    g.add_argument('--latent-channels', type=number(int, 1, 256), default=4, help='of the (last) latent')
+    g.add_argument('--kl', type=number(float, 0), default=1e-6, help='weight of the KL, it and the L1 being sums over an image')
+    g.add_argument('--gan', type=number(float, 0), default=0.0, help='pull of a patch GAN, in units of the reconstruction\'s; 0: off, 0.5 is usual')
+    g.add_argument('--gan-from', type=number(float, 0, 1), default=0.5, help='share of the steps before the GAN joins')
+    args = p.parse_args(argv)
+    given = {k for k, v in vars(args).items() if v != p.get_default(k)}
+    args = finish_spaces(finish_args(prepare_vae(args, given)), given)
     if args.reflow and not (args.rflow and args.init):
         fail('--reflow: straightens a trained flow; add --rflow and --init RUN, the run that made the pairs')
     if args.reflow and args.progressive:
@@ -39,8 +53,359 @@ def get_args(argv=None):
     return args
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Spaces: Haar bands and latents
+# ---------------------------------------------------------------------------------------------------------------------
+ONLY_VAE = {'vae', 'latent_channels', 'kl', 'gan', 'gan_from'}
+WITH_VAE = ONLY_VAE | {
+    'data', 'split', 'size', 'labels', 'empty_slices', 'speck', 'augment', 'cache', 'preset', 'channels', 'layers', 'norm_groups', 'iters', 'minutes',
+    'batch_size', 'lr', 'warmup', 'lr_find', 'weight_decay', 'clip', 'ema_decay', 'out', 'seed', 'device', 'dtype', 'compile', 'save_every',
+    'keep_every', 'sample_every', 'perceptual', 'perceptual_weights', 'lpips_weights'}
+
+
+def prepare_vae(args, given):
+    """Before presets are filled in: what an autoencoder does not use is refused; its number of levels follows from its factor."""
+    name = next(iter(sorted(given - WITH_VAE if args.vae else given & ONLY_VAE)), None)
+    if name:
+        fail(f'--{name.replace("_", "-")}: ' + ('an autoencoder (--vae) has no process, condition or attention; leave it away' if args.vae
+                                                else 'is for an autoencoder; add --vae'))
+    if not args.vae:
+        return args
+    if args.dtype == 'pure-bf16':
+        fail('--dtype pure-bf16: is for image and mask models; an autoencoder trains in bf16 or fp32')
+    if 'gan_from' in given and not args.gan:
+        fail(f'--gan-from {args.gan_from:g}: does nothing without --gan W; 0.5 is a start')
+    levels, widths = len(VAES[args.vae]) + 1, args.channels or ()
+    if widths and len(widths) != levels:
+        fail(f'--channels has {len(widths)} levels; --vae {args.vae} has {levels}')
+    if args.vae == 'multiscale' and any(4 * a % b for a, b in zip(widths, widths[1:])):
+        fail(f'--channels {",".join(map(str, widths))}: the shortcuts of multiscale need 4 times each width to be a multiple of the next')
+    args.attention, args.head_channels = (0,) * levels if widths else None, 1
+    return args
+
+
+def finish_spaces(args, given):
+    """After presets: an autoencoder's widths where none were given, and what cannot go with a space."""
+    if args.vae:
+        if 'channels' not in given:
+            args.channels = tuple(args.channels[0] // 2 * m for m in (1, 2, 4, 4)[:len(VAES[args.vae]) + 1])            # full: MAISI's widths
+        args.attention, factor = (0,) * len(args.channels), max(math.prod(s) for s in zip(*VAES[args.vae]))
+        if args.size % factor:
+            fail(f'--size {args.size}: --vae {args.vae} needs a multiple of {factor}')
+        if args.iters == 0:
+            fail('--iters 0: there is no autoencoder to start from; train it')
+    if not (args.wavelet or args.latent):
+        return args
+    name, factor = '--wavelet' if args.wavelet else '--latent', (2, 2)
+    if args.wavelet and args.latent:
+        fail('--wavelet and --latent are two spaces; give one')
+    if args.target == 'eps':
+        fail(f'{name}: near t=1 x0_hat = (x_t - sigma eps_hat) / alpha blows up, and here it cannot be clipped as in pixels; add --rflow, '
+             'or --target v or x0')
+    if args.init_range:
+        fail(f'--init-range: is of images; leave it away with {name}')
+    if args.latent and args.progressive:
+        fail('--latent and --progressive: an autoencoder has one size; leave --progressive away')
+    if args.latent:
+        about, theirs = read_autoencoder(args.latent)
+        factor = build_autoencoder(argparse.Namespace(**about['args']))[1]
+        if theirs['args']['size'] != args.size:
+            fail(f'--latent {args.latent}: was trained on {theirs["args"]["size"]} pixels; --size is {args.size}')
+    levels = len(args.channels or (0,))
+    step = 2 ** (levels - 1) if args.model == 'unet' else args.patch
+    for size in args.progressive or (args.size,):
+        if any(size % (f * step) for f in factor):
+            fail(f'--size {size}: {name} and {f"{levels} levels need" if args.model == "unet" else "patches need"} a multiple of {max(factor) * step}; '
+                 f'give {"fewer --channels and --attention" if args.model == "unet" else "a smaller --patch"}')
+    return args
+
+
+def read_autoencoder(path):
+    """What a Space stores of the autoencoder in a run (shift and scale only where the run acts on latents itself), and the run's state."""
+    state = load_checkpoint(path)
+    if not isinstance(state, dict) or not {'args', 'ema', 'box'} <= state.keys():
+        fail(f'--latent {path}: is not a run of train_bravo.py')
+    if 'weights' in (state.get('space') or {}):
+        return state['space'], state
+    if not state['args'].get('vae'):
+        fail(f'--latent {path}: holds no autoencoder; give a run of train_bravo.py --vae')
+    args = {k: state['args'][k] for k in ('vae', 'channels', 'layers', 'latent_channels', 'norm_groups')}
+    return dict(args=args, weights=state['ema'], hash=weights_hash(state['ema'])), state
+
+
+@torch.no_grad()
+def encode_once(space, data, cache, device):
+    """space.transform of every slice, on disk: memmap (N,C,h,w) float32. Written aside and renamed, as load_slices does."""
+    shape = (len(data.images), *space.shape(data.images.shape[-1]))
+    key = hashlib.sha256(repr((Path(data.images.filename).parent.name, space.about['hash'])).encode()).hexdigest()[:20]
+    file = Path(cache) / f'latents_{key}.f32'
+    if not file.exists():
+        tmp = file.with_name(f'.{file.name}.{uuid.uuid4().hex[:8]}.tmp')
+        try:
+            with open(tmp, 'wb') as f:
+                for i in progress(range(0, len(data.images), 64), 'encoding', leave=False):
+                    space.transform(torch.tensor(data.images[i:i + 64]).to(device)).cpu().numpy().tofile(f)
+            os.replace(tmp, file)
+        finally:
+            tmp.unlink(missing_ok=True)
+    return np.memmap(file, np.float32, 'r', shape=shape)
+
+
+def moments(parts):
+    """Mean and standard deviation (1e-4 at least) of each channel over parts (B,C,h,w), in fp64."""
+    n, total, square = 0, 0, 0
+    for z in parts:
+        z = z.double()
+        n, total, square = n + z[:, 0].numel(), total + z.sum((0, 2, 3)), square + z.square().sum((0, 2, 3))
+    return total / n, (square / n - (total / n) ** 2).clamp(min=1e-8).sqrt()
+
+
+@torch.no_grad()
+def make_space(args, state, data, rows, device):
+    """The run's space and, for latents, the memmap of all slices before shift and scale. Shift and scale are measured once, on the
+    training slices; a run that goes on keeps its own, one that starts from another (--init) that one's."""
+    about, theirs = read_autoencoder(args.latent)[0] if args.latent else {}, state or (load_checkpoint(args.init) if args.init else {})
+    if args.init and isinstance(theirs, dict) and 'args' in theirs:
+        kind = lambda run: 'latents' if run.get('latent') else 'bands' if run.get('wavelet') else 'pixels'
+        if kind(theirs['args']) != kind(vars(args)) or (theirs.get('space') or {}).get('hash') != about.get('hash'):
+            fail(f'--init {args.init}: acts on {kind(theirs["args"])}, this run on {kind(vars(args))}, or they have not the same autoencoder; '
+                 f'make them agree (--latent {args.init} takes the one of that run)')
+    if not (args.wavelet or args.latent):
+        return Space(), None
+    about, channels = theirs.get('space') or about, about['args']['latent_channels'] if args.latent else 4
+    space = Space({'shift': torch.zeros(channels), 'scale': torch.ones(channels), **about}).to(device)
+    latents = encode_once(space, data, args.cache, device) if args.latent else None
+    if 'scale' not in about:
+        parts = (rows[i:i + 64] for i in range(0, len(rows), 64))
+        shift, scale = moments(torch.from_numpy(latents[r]) if args.latent else haar(torch.from_numpy(data.images[r])) for r in parts)
+        space = Space({**about, 'shift': shift.float(), 'scale': scale.float()}).to(device)
+    told = ', '.join(f'{m:.3f} +- {s:.3f}' for m, s in zip(space.shift.flatten().tolist(), space.scale.flatten().tolist()))
+    print0(f'space: {space.name} of {" x ".join(map(str, space.shape(args.size)))}, each channel shifted and scaled by its {told}; '
+           'held-out errors of different spaces do not compare')
+    return space, latents
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Autoencoder
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def kl(mean, log_var):
+    """KL(N(mean, exp(log_var)) || N(0, 1)), summed over each image's latent: (B,)."""
+    return (mean.square() + log_var.exp() - 1 - log_var).flatten(1).sum(1) / 2
+
+
+class PatchGAN(nn.Module):
+    """Judges patches of images (B,1,H,W), 34 (layers=2) or 70 (3) pixels a side (Isola 2017). Group norm, so that an image's verdict
+    does not depend on its batch."""
+
+    def __init__(self, width=32, layers=2):
+        super().__init__()
+        net, c = [nn.Conv2d(1, width, 4, 2, 1), nn.LeakyReLU(0.2)], width
+        for i in range(1, layers + 1):
+            o = width * 2 ** min(i, 3)
+            net += [nn.Conv2d(c, o, 4, 2 if i < layers else 1, 1), GroupNorm(8, o), nn.LeakyReLU(0.2)]
+            c = o
+        self.net = nn.Sequential(*net, nn.Conv2d(c, 1, 4, 1, 1))
+
+    def forward(self, x):
+        return self.net(x)
+
+
+def adaptive_weight(loss, gan_loss, layer):
+    """|d loss / d layer| / |d gan_loss / d layer|, at most 1e4: with it both pull equally at the decoder's last weights (Esser 2021, eq. 7)."""
+    norms = []
+    for value in (loss, gan_loss):
+        grad = torch.autograd.grad(value, layer, retain_graph=True)[0]
+        if world() > 1:
+            dist.all_reduce(grad)
+        norms.append(grad.norm())
+    return (norms[0] / (norms[1] + 1e-8)).clamp(max=1e4)
+
+
+def vae_stage(step, args):
+    """Which stage of a multi-scale autoencoder learns: each has a sixth of the steps, on frozen earlier ones; then (None) all together."""
+    if args.vae != 'multiscale' or args.iters is None or 2 * step >= args.iters:
+        return None
+    return 2 * step * len(VAES['multiscale']) // args.iters
+
+
+def train_vae(args, state, data, rows, val, device):
+    """Trains an autoencoder: L1 + VGG16 distance + KL + patch GAN. Run folder, resume and random numbers as the image model's.
+
+    The loss is per pixel: mean L1 + K KL / pixels = (summed L1 + K KL) / pixels, K = --kl. The usual K = 1e-6 belongs to sums (Rombach
+    2022): beside a mean L1 and an undivided KL it would be too strong by the number of pixels. A GAN (hinge loss) joins at --gan-from, but not while
+    the stages of multiscale learn alone.
+    """
+    out, pixels = Path(args.out), args.size ** 2
+    torch.manual_seed(seed_of(args.seed, 'weights') % 2 ** 32)
+    net, factor = build_autoencoder(args)
+    net = net.to(device, memory_format=torch.channels_last)
+    disc = PatchGAN(layers=3 if args.size >= 128 else 2).to(device, memory_format=torch.channels_last) if args.gan else nn.Module()
+    ema, both = EMA(net, args.ema_decay), nn.ModuleList([net, disc])
+    opt = torch.optim.AdamW([dict(params=[*net.parameters()]), *([dict(params=[*disc.parameters()], betas=(0.5, 0.9))] if args.gan else [])],
+                            args.lr, weight_decay=args.weight_decay, fused=True)
+    vgg = VGG16(args.perceptual_weights, args.lpips_weights).to(device) if args.perceptual else None
+    start = 0
+    if state:
+        net.load_state_dict(state['net']), ema.net.load_state_dict(state['ema']), disc.load_state_dict(state['disc']), opt.load_state_dict(state['opt'])
+        start, ema.updates = state['step'], state['ema_updates']
+    model = torch.compile(net) if args.compile else net
+    shape = (args.latent_channels, args.size // factor[0], args.size // factor[1])
+    stages = getattr(net, 'stages', [net])
+    print0(f'{sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters; {args.size} x {args.size} pixels become {" x ".join(map(str, shape))}: '
+           f'{math.prod(factor)} times less area, {pixels / math.prod(shape):g} times fewer numbers')
+
+    def reconstruct(network, x, noise=None, stage=None):
+        with autocast(device, args.dtype):
+            return [v.float() for v in network(x, noise, stage)]
+
+    def train_step(step, lr):
+        """One optimiser step, a function of (seed, step) like the image model's; each process takes its part. Returns loss, gradient norm."""
+        B, part, stage = args.batch_size, args.batch_size // world(), vae_stage(step, args)
+        mine = slice(rank() * part, (rank() + 1) * part)
+        picked = rows[batch_rows(len(rows), B, step, args.seed)][mine]
+        u = torch.rand(B, 5, generator=generator(args.seed, 'step', step))[mine]
+        noise = torch.randn(B, *shape, generator=generator(args.seed, 'noise', step, device=device), device=device)[mine]
+        x = torch.tensor(data.images[picked])
+        x = (augment(x, torch.zeros_like(x), u)[0] if args.augment else x).to(device)
+        for k, s in enumerate(stages):
+            s.requires_grad_(stage in (None, k))
+        drawn = stage in (None, len(stages) - 1)                             # only the last latent is drawn and has a KL
+        recon, mean, log_var = reconstruct(model, x, noise if drawn else None, stage)
+        loss = (recon - x).abs().mean()
+        if vgg:
+            loss = loss + args.perceptual * vgg.distance(recon, x).mean()
+        total = loss + args.kl / pixels * kl(mean, log_var).mean() if drawn else loss
+        if args.gan and stage is None and (args.iters is None or step >= args.gan_from * args.iters):
+            disc.requires_grad_(False)
+            fooled = -disc(recon).mean()
+            total = total + args.gan * adaptive_weight(loss, fooled, stages[0].decoder[-1].weight) * fooled
+            total.backward()
+            disc.requires_grad_(True)
+            ((F.relu(1 - disc(x)) + F.relu(1 + disc(recon.detach()))).mean() / 2).backward()
+        else:
+            total.backward()
+        for p in both.parameters() if world() > 1 else ():
+            if p.grad is not None:
+                dist.all_reduce(p.grad)
+                p.grad /= world()
+        norm = [nn.utils.clip_grad_norm_(group['params'], args.clip) for group in opt.param_groups][0]
+        for group in opt.param_groups:
+            group['lr'] = lr
+        opt.step()
+        opt.zero_grad(set_to_none=True)
+        return total.detach(), norm
+
+    @torch.no_grad()
+    def held_out(network, stage):
+        """Mean L1 on validation patients, of the latent's mean."""
+        picked = val[batch_rows(len(val), min(128, len(val)), 0, 0)]
+        parts = [torch.tensor(data.images[picked[i:i + 16]]).to(device) for i in range(0, len(picked), 16)]
+        return float(torch.cat([(reconstruct(network, x, None, stage)[0] - x).abs().flatten(1).mean(1) for x in parts]).mean())
+
+    if args.lr_find and not state:
+        lr_find(train_step, both, opt, out)
+    if args.iters is None:
+        args.iters = iters_for(args.minutes, train_step, both, opt, device, args.lr)
+    show_every = args.sample_every or max(args.iters // 4, 1)
+    spacing = np.median([data.table[i]['spacing'] for i in data.rows('train')], 0).tolist()
+    if rank() == 0:
+        log = Log.start(args, data, ['step', 'loss', 'lr', 'grad_norm', 's_per_step', 'held_out', 'held_out_raw', 'stage'], start)
+    if start >= args.iters:
+        print0(f'{out}: complete at step {start}; another length needs another --out')
+
+    stop, recent, clock = Stop(), [], time.perf_counter()
+    bar = progress(range(start, args.iters), initial=start, total=args.iters)
+    for step in bar:
+        loss, norm = train_step(step, lr_at(step, args))
+        ema.update(net)
+        recent.append(loss + 0 * norm)                                        # a gradient that is none counts as well
+        done, stage = step + 1, vae_stage(step, args)
+        signum = stop.asked(device) if world() == 1 or done % 10 == 0 else 0
+        final, show = done == args.iters, done % show_every == 0 or done == args.iters
+        keep = final or signum or done % args.save_every == 0
+        if done % 20 == 0 or show or keep:
+            values = checked(recent, done, args)
+            seconds, recent = (time.perf_counter() - clock) / len(values), []
+            if rank() == 0:
+                bar.set_postfix(loss=f'{np.mean(values):.4f}', refresh=False)
+                scores = dict(held_out_raw=held_out(net, stage), held_out=held_out(ema.net, stage)) if show and len(val) else {}
+                if show:
+                    reconstructions(lambda x: reconstruct(ema.net, x, None, stage)[0], data, val if len(val) else rows, device, out / f'samples_{done:06d}.png')
+                log.add(step=done, loss=float(np.mean(values)), lr=lr_at(step, args), grad_norm=float(norm), s_per_step=seconds,
+                        stage='all' if stage is None else stage + 1, **scores)
+            clock = time.perf_counter()
+        if keep and rank() == 0:
+            save_checkpoint(out, dict(net=net.state_dict(), ema=ema.net.state_dict(), ema_updates=ema.updates, disc=disc.state_dict(),
+                                      opt=opt.state_dict(), step=done, args=plain(args), box=list(data.box), spacing=spacing, in_channels=1,
+                                      out_channels=1, extra_dim=0), args.keep_every)
+        if signum and not final:
+            bar.close()
+            print0(f'{out}: stopped by signal {signum} and saved at step {done}; the same command goes on')
+            raise SystemExit(128 + signum)
+    stop.restore()
+    if rank() == 0 and start < args.iters:
+        plot(out / 'log.png', {'loss': log.curve('loss'), 'held-out L1 (EMA)': log.curve('held_out')}, str(out), 'step', 'loss', logy=True)
+        report_reconstruction(lambda x: reconstruct(ema.net, x)[0], data, data.rows('val'), device, factor, out)
+        print0(f'{out}: {args.iters} steps done; look at {out}/samples_{args.iters:06d}.png, then: python train_bravo.py --rflow --latent {out}')
+    barrier()
+
+
+@torch.no_grad()
+def reconstructions(f, data, rows, device, path):
+    """A picture of eight slices, from the one with the least tumour up: real, f(real), twice their difference, lesions outlined."""
+    tumour = np.array([data.table[r]['tumour'] for r in rows])
+    order = np.argsort(np.where(tumour, tumour, tumour.max() + 1), kind='stable')[:max((tumour > 0).sum(), 8)]
+    picked = rows[order[np.linspace(0, len(order), 8, endpoint=False).astype(int)]]
+    x, masks = torch.tensor(data.images[picked]), data.masks[picked, 0]
+    y, zoom = f(x.to(device)).cpu(), max(1, 128 // x.shape[-1])
+    save_grid(path, [[outline(i, m, zoom=zoom) for i, m in zip(images[:, 0].numpy(), masks)] for images in (x, y, 2 * (y - x))],
+              ['real', 'reconstruction', 'difference x 2'], zoom)
+
+
+BINS_MM = (5, 10, 20)                    # of a lesion's diameter in its slice: of a disc of its area
+
+
+@torch.no_grad()
+def report_reconstruction(f, data, rows, device, factor, out):
+    """PSNR and SSIM of f(slice) on held-out patients, of whole slices and inside lesions by size: reconstruction.csv, and printed.
+
+    PSNR = 10 log10(4 / error), with the squared error averaged over slices, or over lesions (a small one counts as much as a large
+    one). "resize": area averages on a grid of the latent's size, enlarged linearly: what the factor alone would leave.
+    """
+    bins = [f'lesions {a}' for a in ('below 5 mm', '5 to 10 mm', '10 to 20 mm', 'from 20 mm')]
+    found = {name: [] for name in ('slices', *bins)}
+    for i in range(0, len(rows), 16):
+        picked = rows[i:i + 16]
+        x = torch.tensor(data.images[picked])
+        y = f(x.to(device)).cpu().clamp(-1, 1)
+        coarse = F.interpolate(F.adaptive_avg_pool2d(x, [x.shape[-1] // n for n in factor]), x.shape[-1], mode='bilinear')
+        luminance, structure = ssim_parts(*(F.pad(v, (5,) * 4, mode='reflect') for v in (x, y)))
+        maps = torch.cat([(y - x).square(), luminance * structure, (coarse - x).square()], 1).numpy()                       # (B, 3, S, S)
+        for r, m in zip(picked, maps):
+            row, (labels, n) = data.table[r], components(data.masks[r, 0])
+            found['slices'].append((row['patient'], *m.mean((1, 2))))
+            for k in range(1, n + 1):
+                mm = math.sqrt(4 * (labels == k).sum() * math.prod(row['spacing']) / math.pi)
+                found[bins[int(np.searchsorted(BINS_MM, mm, 'right'))]].append((row['patient'], *m[:, labels == k].mean(1)))
+    psnr, table = lambda error: f'{10 * math.log10(4 / max(float(np.mean(error)), 1e-12)):.2f}', []
+    for name, values in found.items():
+        patients, error, ssim, coarse = zip(*values) if values else ((),) * 4
+        table.append([name, len(values), len({*patients}), *((psnr(error), f'{np.mean(ssim):.4f}', psnr(coarse)) if values else ('',) * 3)])
+    header = ['held out', 'n', 'patients', 'PSNR, dB', 'SSIM', 'PSNR of resize, dB']
+    write_csv(out / 'reconstruction.csv', header, table)
+    for row in (header, *table):
+        print0(f'{row[0]:22s}' + ''.join(f'{v!s:>{max(len(h) + 2, 10)}s}' for h, v in zip(header[1:], row[1:])))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The image model
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 def perceptual_loss(vgg, x0_hat, x_0, t, process):
-    """Sum over the batch of the VGG16 distance between x0_hat and x_0, where it means something: SNR > 1.
+    """Sum over the batch of the VGG16 distance between x0_hat and x_0, both as images, where it means something: SNR > 1.
 
     With more noise x0_hat is the mean of many brains, which must be blurred; a distance that punishes blur would pull it
     away from the mean and bias the sampler (Zhang 2018 for the distance; Lee 2024, arXiv 2405.20320 for its place).
@@ -52,7 +417,7 @@ def perceptual_loss(vgg, x0_hat, x_0, t, process):
 
 
 def fft_loss(x0_hat, x_0, t, process, focal=1.0, log=0.0):
-    """Sum over the batch of two distances between the spectra of x0_hat and x_0 (B,C,H,W), where SNR > 1, in fp32.
+    """Sum over the batch of two distances between the spectra of x0_hat and x_0, both as images, where SNR > 1, in fp32.
 
     focal: mean of w |F - F_0|^2, w = |F - F_0| over its largest in the image, no gradient (Jiang 2021, 2012.12821, eq. 8 with alpha 1).
     log: mean | log|F| - log|F_0| | without the mean intensity. Neither has E[x_0|x_t] as its minimum: small weights, low noise.
@@ -61,19 +426,19 @@ def fft_loss(x0_hat, x_0, t, process, focal=1.0, log=0.0):
     if not len(clear):
         return x_0.new_zeros(())
     with torch.autocast(x_0.device.type, enabled=False):                          # no FFT in bf16
-        F_hat, F_0 = (torch.fft.fft2(v[clear].float(), norm='ortho') for v in (x0_hat, x_0))
+        F_hat, F_0 = (torch.fft.fft2(process.from_range(v[clear].float()), norm='ortho') for v in (x0_hat, x_0))
         apart = (F_hat - F_0).abs()
         w = (apart / apart.amax((-2, -1), keepdim=True).clamp(min=1e-12)).detach()
         ratio = (torch.log(F_hat.abs() + 1e-3) - torch.log(F_0.abs() + 1e-3)).abs().flatten(2)[..., 1:]
         return focal * (w * apart.square()).flatten(1).mean(1).sum() + log * ratio.flatten(1).mean(1).sum()
 
 
-def read_pairs(directory, size, split):
-    """The shards of sample.py --pairs in one: noise, image (N,1,S,S), mask (N,1,S,S), level (N,). Fails when a mask's patient may not train."""
+def read_pairs(directory, size, split, space=Space()):
+    """The shards of sample.py --pairs in one: noise, image (N,C,...) in the space, mask (N,1,S,S), level (N,). Fails when a mask's patient may not train."""
     shards = [np.load(f) for f in sorted(Path(directory).glob('pairs_*.npz'))]
     pairs = {k: np.concatenate([s[k] for s in shards]) for k in ('noise', 'image', 'mask', 'level', 'source')}
-    if pairs['image'].shape[-1] != size:
-        fail(f'--reflow {directory}: holds images of {pairs["image"].shape[-1]} pixels; --size is {size}')
+    if pairs['mask'].shape[-1] != size or pairs['image'].shape[1:] != space.shape(size):
+        fail(f'--reflow {directory}: holds images of {pairs["mask"].shape[-1]} pixels as {pairs["image"].shape[1:]}; --size is {size}, as {space.shape(size)}')
     split_patients([dict(name=s, source=s, synthetic=True, folder=f'{directory}') for s in sorted({*pairs['source'].tolist()})], split)
     return argparse.Namespace(**{k: torch.from_numpy(v) for k, v in pairs.items() if k != 'source'})
 
@@ -95,37 +460,49 @@ def main(args):
     state = None if args.dry_run else open_run(args)
     print0(f'{out}: preset {args.preset}, {args.device}, {args.dtype}' + (f', going on from step {state["step"]}' if state else ''))
     roots = args.data or [phantom_root(args.cache)]
+    seen = state or (args.latent and read_autoencoder(args.latent)[1])       # an autoencoder knows heads in its own box
     sizes = args.progressive or (args.size,)                                 # data has the last one: what the run is for
-    sets = {s: load_slices(roots, s, ('bravo',), state and state['box'], args.split, args.cache, args.labels, args.speck) for s in sizes}
+    sets = {s: load_slices(roots, s, ('bravo',), seen and seen['box'], args.split, args.cache, args.labels, args.speck) for s in sizes}
     data = sets[args.size]
     rows, val = data.rows('train', args.empty_slices, args.seed), data.rows('val', args.empty_slices, args.seed)
-    pairs = read_pairs(args.reflow, args.size, args.split) if args.reflow else None
-    rows = np.arange(len(pairs.image)) if pairs else rows
     if not len(rows):
         fail(f'--data {" ".join(map(str, roots))}: no slice of a training patient; see --split')
+    space, latents = make_space(args, state, data, rows, device)
+    pairs = read_pairs(args.reflow, args.size, args.split, space) if args.reflow else None
+    rows = np.arange(len(pairs.image)) if pairs else rows
     level = torch.tensor([r['level'] for r in data.table])
     print0(f'training on {len(rows)} {"pairs" if pairs else "slices"}, held out {len(val)}')
+    if args.vae:
+        return train_vae(args, state, data, rows, val, device)
 
     def batch(picked, size=args.size):
         """Images in [-1,1] (B,1,S,S), masks in {0,1} (B,1,S,S), slice level (B,1) or None, on the CPU."""
         extra = level[picked][:, None] if args.slice_level else None
         return torch.tensor(sets[size].images[picked]), torch.tensor(sets[size].masks[picked]).float(), extra
 
+    def to_x_0(images, picked):
+        """x_0 of a batch; latents were encoded once, but an augmented image has another latent."""
+        known = latents is not None and not args.augment
+        return (torch.from_numpy(latents[picked]).to(device) - space.shift) / space.scale if known else process.to_range(images)
+
     # network, process, optimiser
     torch.manual_seed(seed_of(args.seed, 'weights') % 2 ** 32)
-    net = build_net(args, in_channels=2 + (args.p_uncond > 0), out_channels=1, extra_dim=int(args.slice_level))
+    net = build_net(args, in_channels=space.in_channels(1 + (args.p_uncond > 0)), out_channels=space.channels, extra_dim=int(args.slice_level))
     if args.init and not state:
         load_init(net, args)
+    net = net.to(device)
     process = build_process(args)
+    process.space = space
     if args.prune and not state:                                             # of the network from --init; the training goes on with what is left
-        x_0, mask, extra = batch(rows[:64])
+        x_0, mask, extra = (v if v is None else v.to(device) for v in batch(rows[:64]))
         prune(net, process, args, process.to_range(x_0), mask_condition(mask, args.p_uncond), None, extra)
     if state:
         fit_pruned(net, state['net'])
         net.load_state_dict(state['net'])
+    net = net.to(memory_format=torch.channels_last)                          # convolutions are faster with it
     ema = EMA(net, args.ema_decay)
-    net = net.to(device, torch.bfloat16 if args.dtype == 'pure-bf16' else None, memory_format=torch.channels_last)   # convolutions are faster with it
-    ema.net.to(device, memory_format=torch.channels_last)
+    if args.dtype == 'pure-bf16':
+        net.bfloat16()
     opt = build_optimizer(net, args)
     vgg = VGG16(args.perceptual_weights, args.lpips_weights).to(device) if args.perceptual else None
     losses, curriculum, start = LossByT(device), Curriculum(args), 0
@@ -152,7 +529,7 @@ def main(args):
         g = generator(args.seed, 'step', step)
         t, u = process.draw_t(B, g, curriculum.window, size / sizes[0]), torch.rand(B, 5, generator=g)
         present = torch.rand(B, generator=g) >= args.p_uncond                # whose condition the network is told
-        noise = torch.randn(B, 1, size, size, generator=generator(args.seed, 'noise', step, device=device), device=device)
+        noise = torch.randn(B, *space.shape(size), generator=generator(args.seed, 'noise', step, device=device), device=device)
         if pairs:
             noise, t = pairs.noise[picked].to(device), torch.ones(B) if args.distill else t
         for _, sparse in sparse_layers(net) if args.dense_tail else ():
@@ -163,7 +540,7 @@ def main(args):
             x_0, mask, extra = (v if v is None else v.to(device, non_blocking=True) for v in (pair_batch if pairs else batch)(picked[mine], size))
             if args.augment:
                 x_0, mask = augment(x_0, mask, u[mine])
-            x_0, times = x_0 if pairs else process.to_range(x_0), t[mine].to(device, non_blocking=True)
+            x_0, times = x_0 if pairs else to_x_0(x_0, picked[mine]), t[mine].to(device, non_blocking=True)
             given = mask_condition(mask, args.p_uncond, present[mine])
             last = k == args.accumulate - 1
             with contextlib.nullcontext() if last or world() == 1 else model.no_sync():
@@ -176,7 +553,7 @@ def main(args):
                     loss = loss + fft_loss(x0_hat, x_0, t[mine], process, args.fft, args.fft_log) / part
                 (loss / args.accumulate).backward()
             total += loss.detach() / args.accumulate
-            losses.add(0, process.log_snr(times), square.detach(), mask)
+            losses.add(0, process.log_snr(times), square.detach(), None if space.about else mask)
         for group in opt.param_groups:
             group['lr'] = lr
         norm = nn.utils.get_total_norm([p.grad.float() for p in net.parameters() if p.grad is not None])
@@ -192,12 +569,12 @@ def main(args):
         picked = val[batch_rows(len(val), min(128, len(val)), 0, 0)]
         t = process.times(min(len(picked), args.steps or len(picked)))[:-1]
         t = t[torch.arange(len(picked)) * len(t) // len(picked)]
-        noise = torch.randn(len(picked), 1, args.size, args.size, generator=generator('held-out'))
+        noise = torch.randn(len(picked), *space.shape(args.size), generator=generator('held-out'))
         for part in (slice(i, i + args.batch_size) for i in range(0, len(picked), args.batch_size)):
             x_0, mask, extra, eps, times = (v if v is None else v.to(device) for v in (*batch(picked[part]), noise[part], t[part]))
             with autocast(device, args.dtype):
-                square = process.loss(network, process.to_range(x_0), eps, times, mask_condition(mask, args.p_uncond), extra=extra)[1]
-            losses.add(1, process.log_snr(times), square, mask)
+                square = process.loss(network, to_x_0(x_0, picked[part]), eps, times, mask_condition(mask, args.p_uncond), extra=extra)[1]
+            losses.add(1, process.log_snr(times), square, None if space.about else mask)
         return losses.held_out()
 
     @torch.no_grad()
@@ -208,10 +585,10 @@ def main(args):
         pool = full if len(full) >= 8 else pool
         picked = pool[np.linspace(0, len(pool), 8, endpoint=False).astype(int)]
         x_0, mask, extra = (v if v is None else v.to(device) for v in batch(picked, size))
-        denoise = make_denoise(ema.net, process, mask_condition(mask, args.p_uncond), None, extra, args.dtype, clip=not args.rflow)
+        denoise = make_denoise(ema.net, process, mask_condition(mask, args.p_uncond), None, extra, args.dtype, clip=not args.rflow and not space.about)
         ts, rows_ = process.times(min(25 if args.rflow else 50, args.steps or 25), shift=process.shift), []
         for k in range(2):
-            noise = torch.randn(x_0.shape, generator=generator('picture', k)).to(device)
+            noise = torch.randn(len(x_0), *space.shape(args.size), generator=generator('picture', k)).to(device)
             rows_.append(process.from_range(sample_ddim(denoise, noise, ts, process)).float().cpu()[:, 0])
         zoom, masks = max(1, 128 // size), mask.cpu()[:, 0]
         save_grid(path, [list(x_0.cpu()[:, 0]), list(masks * 2 - 1), *rows_, [outline(x, m, zoom=zoom) for x, m in zip(rows_[0], masks)]],
@@ -233,15 +610,13 @@ def main(args):
         losses.merge()
         if rank() == 0:
             save_checkpoint(out, dict(net=net.state_dict(), ema=ema.net.state_dict(), ema_updates=ema.updates, opt=opt.state_dict(),
-                                      step=step, args=plain(args), box=list(data.box), spacing=list(spacing), in_channels=net.in_channels,
-                                      out_channels=1, extra_dim=int(args.slice_level), loss_by_t=losses.sums.cpu(), curriculum=curriculum.state), args.keep_every)
+                                      step=step, args=plain(args), box=list(data.box), spacing=list(spacing),
+                                      in_channels=space.in_channels(1 + (args.p_uncond > 0)), out_channels=space.channels,
+                                      extra_dim=int(args.slice_level), loss_by_t=losses.sums.cpu(), space=space.about, curriculum=curriculum.state), args.keep_every)
             losses.write(out / 'loss_by_t.csv')
 
     if rank() == 0:
-        atomic_write(out / 'args.json', json.dumps(plain(args), indent=1).encode())
-        write_csv(out / 'split.csv', ['patient', 'part', 'slices'], sorted(
-            (name, part, n) for (name, part), n in Counter((r['patient'], p) for r, p in zip(data.table, data.part)).items()))
-        log = Log(out / 'log.csv', ['step', 'loss', 'lr', 'grad_norm', 's_per_step', 'held_out', 'held_out_raw'], start)
+        log = Log.start(args, data, ['step', 'loss', 'lr', 'grad_norm', 's_per_step', 'held_out', 'held_out_raw'], start)
     if not state and not args.iters:
         save(0)                                                              # with --init: a foreign network becomes a run
     if start >= args.iters:
@@ -265,16 +640,7 @@ def main(args):
         final, show = done == args.iters, done % sample_every == 0 or done == args.iters
         keep = final or signum or done % args.save_every == 0
         if done % 20 == 0 or show or keep:
-            values = torch.stack(recent)
-            if world() > 1:
-                dist.all_reduce(values)
-                values /= world()
-            values = values.tolist()
-            for i, value in enumerate(values):
-                if not math.isfinite(value):
-                    at = done - len(values) + i
-                    fail(f'loss is {value} at step {at}, lr {lr_at(at, args):.2e}; stopped, the last checkpoint in {out} is '
-                         'intact. Try a lower --lr', 1)
+            values = checked(recent, done, args)
             curriculum.add(values, done)
             seconds, recent = (time.perf_counter() - clock) / len(values), []
             if rank() == 0:

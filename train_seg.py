@@ -57,16 +57,18 @@ def main(args):
     net = build_net(args, in_channels=1, out_channels=1, extra_dim=int(args.slice_level))
     if args.init and not state:
         load_init(net, args)
+    net = net.to(device)
     process = build_process(args)
     if args.prune and not state:                                             # of the network from --init; the training goes on with what is left
-        x_0, extra = batch(rows[:64])
+        x_0, extra = (v if v is None else v.to(device) for v in batch(rows[:64]))
         prune(net, process, args, process.to_range(x_0), None, tokens(x_0), extra)
     if state:
         fit_pruned(net, state['net'])
         net.load_state_dict(state['net'])
+    net = net.to(memory_format=torch.channels_last)                          # convolutions are faster with it
     ema = EMA(net, args.ema_decay)
-    net = net.to(device, torch.bfloat16 if args.dtype == 'pure-bf16' else None, memory_format=torch.channels_last)   # convolutions are faster with it
-    ema.net.to(device, memory_format=torch.channels_last)
+    if args.dtype == 'pure-bf16':
+        net.bfloat16()
     opt = build_optimizer(net, args)
     losses, curriculum, start = LossByT(device), Curriculum(args), 0
     if state:
@@ -165,10 +167,7 @@ def main(args):
             losses.write(out / 'loss_by_t.csv')
 
     if rank() == 0:
-        atomic_write(out / 'args.json', json.dumps(plain(args), indent=1).encode())
-        write_csv(out / 'split.csv', ['patient', 'part', 'slices'], sorted(
-            (name, part, n) for (name, part), n in Counter((r['patient'], p) for r, p in zip(data.table, data.part)).items()))
-        log = Log(out / 'log.csv', ['step', 'loss', 'lr', 'grad_norm', 's_per_step', 'held_out', 'held_out_raw'], start)
+        log = Log.start(args, data, ['step', 'loss', 'lr', 'grad_norm', 's_per_step', 'held_out', 'held_out_raw'], start)
     if not state and not args.iters:
         save(0)                                                              # with --init: a foreign network becomes a run
     if start >= args.iters:
@@ -189,16 +188,7 @@ def main(args):
         final, show = done == args.iters, done % sample_every == 0 or done == args.iters
         keep = final or signum or done % args.save_every == 0
         if done % 20 == 0 or show or keep:
-            values = torch.stack(recent)
-            if world() > 1:
-                dist.all_reduce(values)
-                values /= world()
-            values = values.tolist()
-            for i, value in enumerate(values):
-                if not math.isfinite(value):
-                    at = done - len(values) + i
-                    fail(f'loss is {value} at step {at}, lr {lr_at(at, args):.2e}; stopped, the last checkpoint in {out} is '
-                         'intact. Try a lower --lr', 1)
+            values = checked(recent, done, args)
             curriculum.add(values, done)
             seconds, recent = (time.perf_counter() - clock) / len(values), []
             if rank() == 0:

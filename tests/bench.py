@@ -1,4 +1,4 @@
-"""Our U-Net beside MONAI's DiffusionModelUNet in one run: same weights, same inputs, same precision, same optimiser.
+"""Our U-Net beside MONAI's DiffusionModelUNet, our Autoencoder beside its AutoencoderKL: same weights, inputs, precision and optimiser.
 
     python tests/bench.py                                    (in an environment with tests/parity/requirements.txt; ten minutes)
     python tests/bench.py --shapes small --precisions fp32 --rounds 20
@@ -22,13 +22,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import torch.nn.functional as F
-from monai.networks.nets import DiffusionModelUNet
+from monai.networks.nets import AutoencoderKL, DiffusionModelUNet
 
-from common import PRESETS, SIZES, Attention, Mamba, Tokens, UNet, autocast, has_bf16, keep_memory, load_monai
+from common import PRESETS, SIZES, Attention, Autoencoder, Mamba, Tokens, UNet, autocast, has_bf16, keep_memory, load_maisi_vae, load_monai
 
-NETS = {'full': PRESETS['full'], 'small': PRESETS['small']}
-SHAPES = {'128': ('full', 128, 2), '64': ('full', 64, 4), 'small': ('small', 64, 16)}
-CUDA_SHAPES = {'128': ('full', 128, 16), '64': ('full', 64, 64), 'small': ('small', 64, 256)}
+NETS = {'full': PRESETS['full'], 'small': PRESETS['small'], 'autoencoder': dict(channels=(64, 128, 256), layers=1, norm_groups=32)}   # as --vae 4
+SHAPES = {'128': ('full', 128, 2), '64': ('full', 64, 4), 'small': ('small', 64, 16), 'vae': ('autoencoder', 64, 4)}
+CUDA_SHAPES = {'128': ('full', 128, 16), '64': ('full', 64, 64), 'small': ('small', 64, 256), 'vae': ('autoencoder', 128, 16)}
 TOKENS = {'DiT-S/4': dict(SIZES['S'], patch=4), 'one block of Mamba, patch 2': dict(SIZES['S'], patch=2, depth=1, mixer='mamba')}
 
 
@@ -50,6 +50,13 @@ def build(arm, net, size, device):
     if net in TOKENS:                                        # equal functions for equal weights: tests/parity/test_dit.py
         return (Tokens(2, 1, **TOKENS[net]) if arm == 'ours' else Diffusers(size, **TOKENS[net])).to(device)
     p = NETS[net]
+    if net == 'autoencoder':
+        theirs = AutoencoderKL(2, 1, 1, p['layers'], p['channels'], (False,) * 3, 4, p['norm_groups'], with_encoder_nonlocal_attn=False,
+                               with_decoder_nonlocal_attn=False)
+        ours = Autoencoder(1, 4, p['channels'], p['layers'], norm_groups=p['norm_groups'])
+        ours.load_state_dict(load_maisi_vae(theirs.state_dict()))
+        model = theirs.to(device) if arm.startswith('monai') else ours.to(device, memory_format=torch.channels_last)
+        return torch.compile(model) if 'compiled' in arm else model
     theirs = DiffusionModelUNet(2, 2, 1, p['layers'], p['channels'], [bool(a) for a in p['attention']], p['norm_groups'],
                                 num_head_channels=[min(p['head_channels'], c) for c in p['channels']])
     if arm.startswith('monai'):
@@ -66,11 +73,15 @@ def make_steps(arm, net, size, batch, device, dtype):
     model, g = build(arm, net, size, device), torch.Generator().manual_seed(1)
     x, eps, t = torch.randn(batch, 2, size, size, generator=g), torch.randn(batch, 1, size, size, generator=g), torch.rand(batch, generator=g)
     x, eps, t = x.to(device), eps.to(device), t.to(device) * (1 if arm.startswith('ours') else 1000)
+    run = model
+    if net == 'autoencoder':                                                   # the image again, from a drawn latent
+        draw = () if arm.startswith('monai') else (torch.randn(batch, 4, size // 4, size // 4, device=device),)
+        x, eps, run = x[:, :1], x[:, :1], lambda x, t: model(x, *draw)[0]
     opt = torch.optim.AdamW(model.parameters(), 1e-5, fused=True)
 
     def train():
         with autocast(device, dtype):
-            out = model(x, t)
+            out = run(x, t)
         F.mse_loss(out.float(), eps).backward()
         opt.step()
         opt.zero_grad(set_to_none=True)
@@ -78,7 +89,7 @@ def make_steps(arm, net, size, batch, device, dtype):
     @torch.no_grad()
     def forward():
         with autocast(device, dtype):
-            model(x, t)
+            run(x, t)
 
     return train, forward
 

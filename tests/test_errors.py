@@ -91,6 +91,7 @@ TRAIN = [  # script, flags, words of the line
     ('bravo', '--rflow --init {trained}/bravo --prune 0.3 --sparse24', '--prune --sparse24 give one'),
     ('bravo', '--rflow --init {trained}/bravo --prune 0.85', '--prune 0.85 ask for less'),
     ('bravo', '--rflow --model dit --init {trained}/bravo --prune 0.3 --prune-how channels', '--prune-how channels unet weights'),
+    ('bravo', '--vae 2 --dtype pure-bf16', '--dtype pure-bf16 autoencoder'),
     ('bravo', '--kahan', '--kahan --dtype pure-bf16'),
     ('bravo', '--progressive 16', '--progressive 16 two or more rising'),
     ('bravo', '--progressive 32,16', '--progressive 32,16 rising'),

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 pytest.importorskip('monai', reason='pip install -r tests/parity/requirements.txt')
-from monai.networks.nets import DiffusionModelUNet
+from monai.apps.generation.maisi.networks.autoencoderkl_maisi import AutoencoderKlMaisi
+from monai.networks.nets import AutoencoderKL, DiffusionModelUNet
 from monai.networks.schedulers import DDIMScheduler, DDPMScheduler, RFlowScheduler
 
-from common import DDPM, RFlow, UNet, load_monai, sample_ddim, sample_ddpm, sample_euler
+from common import DDPM, Autoencoder, RFlow, UNet, haar, inverse_haar, load_maisi_vae, load_monai, sample_ddim, sample_ddpm, sample_euler
 from steps import exact_tables, noise_source, trajectory
 
 TYPES = {'eps': 'epsilon', 'v': 'v_prediction', 'x0': 'sample'}
@@ -55,6 +56,39 @@ def test_unet(kw, randomise, gap):
     print(f'; gradients {max(relative.values()):.1e} of the largest entry', end='')
     assert max(relative.values()) < 1e-4, max(relative, key=relative.get)
     assert (a.grad - b.grad).abs().max() < 1e-4 * b.grad.abs().max()
+
+
+@pytest.mark.parametrize('dims', [3, 2], ids=['3D MAISI', '2D AutoencoderKL'])
+def test_autoencoder(dims, randomise, gap):
+    """Mean, sigma, decoded image and all gradients equal MAISI's autoencoder (3D, 32^3) and AutoencoderKL without attention (2D)."""
+    if dims == 3:
+        theirs = AutoencoderKlMaisi(3, 1, 1, [2, 2, 2], [8, 16, 16], [False] * 3, 4, 4, num_splits=1, save_mem=False, norm_float16=False)
+    else:
+        theirs = AutoencoderKL(2, 1, 1, 2, (8, 16, 16), (False,) * 3, 4, 4, with_encoder_nonlocal_attn=False, with_decoder_nonlocal_attn=False)
+    randomise(theirs)
+    ours = Autoencoder(1, 4, (8, 16, 16), 2, dims=dims, norm_groups=4, smooth=dims == 3)
+    ours.load_state_dict(load_maisi_vae(theirs.state_dict()), strict=True)
+    assert sum(p.numel() for p in theirs.parameters()) == sum(p.numel() for p in ours.parameters())
+    x = torch.randn(1, 1, *(32,) * dims, generator=torch.Generator().manual_seed(1))
+    (mean, log_var), (mu, sigma) = ours.encode(x), theirs.encode(x)
+    mine, other = ours.decode(mean), theirs.decode(mu)
+    assert min(v.std() for v in (mu, sigma, other)) > 0.1
+    assert gap([mean, (log_var / 2).exp(), mine], [mu, sigma, other], f'{dims}D') < 1e-4
+    (mine.square().mean() + log_var.mean()).backward()
+    (other.square().mean() + 2 * sigma.log().mean()).backward()
+    wanted, found = load_maisi_vae({n: p.grad for n, p in theirs.named_parameters()}), {n: p.grad for n, p in ours.named_parameters()}
+    assert wanted.keys() == found.keys() and max(float((found[k] - wanted[k]).abs().max() / wanted[k].abs().max()) for k in wanted) < 1e-3
+
+
+@pytest.mark.parametrize('dims', [2, 3])
+def test_haar(dims, gap):
+    """PyWavelets' one-level transform; its bands are named by axis, a for the mean and d for the difference."""
+    pywt = pytest.importorskip('pywt')
+    x = torch.randn(2, 3, *(8, 12, 6)[:dims], dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    bands = pywt.dwtn(x.numpy(), 'haar', axes=range(2, 2 + dims))
+    names = [''.join('ad'[s >> (dims - 1 - a) & 1] for a in range(dims)) for s in range(2 ** dims)]               # the last axis: lowest bit
+    wanted = torch.cat([torch.from_numpy(bands[n]) for n in names], 1)
+    assert gap(haar(x), wanted, 'bands') < 1e-12 and gap(inverse_haar(wanted), x, 'back') < 1e-12
 
 
 @pytest.mark.parametrize('kw', NETS[:8:2], ids=['-'.join(f'{k}={v}' for k, v in kw.items()) for kw in NETS[:8:2]])
