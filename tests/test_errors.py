@@ -71,7 +71,7 @@ TRAIN = [  # script, flags, words of the line
     ('bravo', '--model-size S', '--model-size --model dit unet'),
     ('bravo', '--model dit --model-size S --depth 2', '--model-size S --depth give one'),
     ('bravo', '--model dit --model-size M', "--model-size 'M' S B L XL"),
-    ('bravo', '--model dit --patch 3', '--size 16 multiple --patch 3'),
+    ('bravo', '--model dit --patch 3', '--size 16 patches multiple of 3'),
     ('bravo', '--model mmdit --heads 3', '--heads 3 divide --width 16'),
     ('bravo', '--model dit --depth 0', "--depth '0' at least 1"),
     ('seg', '--model mmdit', '--model mmdit --controllable dit'),

@@ -20,7 +20,7 @@ import train_bravo
 from common import (VAES, Autoencoder, Down, MultiScale, Space, Up, build_autoencoder, depth_to_space, generator, haar, inverse_haar, load_run,
                     make_denoise, read_nifti, space_to_depth, ssim_parts)
 from test_errors import refused
-from train_bravo import PatchGAN, adaptive_weight, kl, moments, report_reconstruction, stage_of
+from train_bravo import PatchGAN, adaptive_weight, kl, moments, report_reconstruction, vae_stage
 
 
 def scramble(net, seed=0):
@@ -107,8 +107,8 @@ def test_stages(tmp_path):
         assert recon.shape == x.shape and mean.shape == (1, 4 if k == 2 else 8, 8 >> k, 8 >> k)
     assert torch.equal(net(x)[0], net(x, None, 2)[0]) and torch.equal(net.decode(net.encode(x)[0]), net(x)[0])
     args = argparse.Namespace(vae='multiscale', iters=600)
-    assert [stage_of(s, args) for s in (0, 99, 100, 199, 200, 299, 300, 599)] == [0, 0, 1, 1, 2, 2, None, None]
-    assert stage_of(0, argparse.Namespace(vae='4', iters=600)) is None
+    assert [vae_stage(s, args) for s in (0, 99, 100, 199, 200, 299, 300, 599)] == [0, 0, 1, 1, 2, 2, None, None]
+    assert vae_stage(0, argparse.Namespace(vae='4', iters=600)) is None
 
 
 def test_kl():
