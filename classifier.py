@@ -278,7 +278,7 @@ def conditioning(image, mask, s, g):
     free = torch.nonzero(room >= torch.quantile(room, 0.9))              # inside the brain and off the tumour
     py, px = free[int(torch.randint(len(free), (), generator=g))].tolist()
     if kind == 'another':                                                # a bright tumour that nobody asked for
-        radius, value = rand(g, 0.05, 0.09) * S, torch.quantile(image[head > 0], 0.98)
+        radius, value = rand(g, 0.05, 0.09) * S, torch.quantile(image[head > 0], 0.98).clamp(min=float(image[head > 0].median()) + 0.5)
         d = ((y - py).square() + (x - px).square()).sqrt() * (1 + 0.15 * field(S, 8, g))
         spot = torch.sigmoid((radius - d) / (S / 100))
         core = torch.sigmoid((0.55 * radius - d) / (S / 100)) * pick(g, 0, 0.8)          # a ring, or solid
@@ -307,7 +307,7 @@ def corrupt_image(image, mask, family, severity, *seed):
     out, kind = FAMILIES[family](image, mask.float(), severity / 3, generator('corrupt', family, *seed))
     return out.clamp(-1, 1), kind
 
-def example(size=96):
+def example(size=72):
     """A phantom slice with a tumour: image (S,S) in [-1,1], mask (S,S)."""
     _, post, seg, _ = phantom_patient(generator('phantom', 0, 1), 9, size)
     z = int(seg[3:7].sum((1, 2)).argmax()) + 3
@@ -325,7 +325,7 @@ def corrupt(args):
     rows = np.sort(rows[torch.randperm(len(rows), generator=generator(args.seed, 'slices')).numpy()[:args.n]])
     faults = [('', 0.0), *((f, s) for f in CLASSES for s in args.severities if s)]
     names = torch.randperm(len(rows) * len(faults), generator=generator(args.seed, 'names')).tolist()       # that say nothing about what is inside
-    manifest, labels, bar = [], [], progress(total=len(names), desc='corrupt')
+    manifest, labels, bar = [], [], progress(None, 'corrupt', total=len(names))
     for i, row in enumerate(rows):
         image, mask, t = torch.tensor(data.images[row, 0]), torch.tensor(data.masks[row, 0]), data.table[row]
         for k, (family, severity) in enumerate(faults):
@@ -455,7 +455,7 @@ def strip(family, image, mask):
     """Three faults of a family, slight, clear and gross, each of another kind and the plainest of some seeds: PNG."""
     pictures, kinds = [], set()
     for severity in (1, 2, 3):
-        made = [corrupt_image(image, mask, family, severity, 'example', seed) for seed in range(24)]
+        made = [corrupt_image(image, mask, family, severity, 'example', seed) for seed in range(12)]
         plain, kind = max((m for m in made if m[1] not in kinds), key=lambda m: float((m[0] - image).abs().mean()))
         kinds.add(kind)
         pictures.append(outline(plain, mask * (family == 'conditioning')))
@@ -589,9 +589,9 @@ main{flex:1;min-height:0;display:flex}#left{flex:1;min-width:0;display:flex;flex
 #frame{flex:1;min-height:0;aspect-ratio:1;max-width:100%;overflow:hidden;background:#000;position:relative;cursor:zoom-in}
 #stage,#stage>*{position:absolute;inset:0;width:100%;height:100%}path{fill:none;stroke:#ff5a3c;stroke-width:1.5px;vector-effect:non-scaling-stroke}
 #say{min-height:30px;padding:6px;font-weight:600}.bad{color:#ff7a5c}#keys button,.c{cursor:pointer}
-#keys{display:flex;flex-wrap:wrap;gap:6px;justify-content:center}button{background:#2a2a2a;color:#eee;border:1px solid #444;border-radius:6px;padding:6px 12px;font:inherit}
-aside{width:460px;overflow:auto;padding:6px 12px;background:#181818}.c{display:flex;gap:10px;padding:5px;border-radius:6px;border:1px solid transparent;font-size:13px}
-.c img{width:216px;height:72px;object-fit:cover;flex:none}.c b{font-size:14px}.c.on{border-color:#ff7a5c;background:#2a1d1a}kbd{background:#333;border-radius:4px;padding:0 6px;border:1px solid #555}
+#keys{display:flex;flex-wrap:wrap;gap:6px;justify-content:center}button{background:#2a2a2a;color:#eee;border:1px solid #444;border-radius:6px;padding:3px 8px;font:inherit;font-size:13px}
+aside{width:500px;overflow:auto;padding:4px 10px;background:#181818}.c{display:flex;gap:10px;padding:3px;border-radius:6px;border:1px solid transparent;font-size:12px;line-height:1.25}
+.c img{width:222px;height:74px;object-fit:cover;flex:none}.c b{font-size:14px}.c.on{border-color:#ff7a5c;background:#2a1d1a}kbd{background:#333;border-radius:4px;padding:0 6px;border:1px solid #555}
 #ask{margin:auto;text-align:center}input{font:inherit;padding:8px;background:#222;color:#eee;border:1px solid #555}.gone{display:none!important}pre{text-align:left}
 </style>
 <header><span id=who></span><progress id=bar value=0></progress><span id=count></span></header>
@@ -807,8 +807,9 @@ def faulty(data, rows, which, seed):
 @torch.no_grad()
 def logits_of(predict, images, masks, device):
     """predict(images, masks) for N images (N,1,S,S) and masks in parts of 64: logits (N,7), numpy, fp64."""
-    parts = zip(torch.as_tensor(images).split(64), torch.as_tensor(masks).split(64))
-    return np.concatenate([predict(i.to(device), m.float().to(device)).double().cpu().numpy() for i, m in parts])
+    parts = (slice(i, i + 64) for i in range(0, len(images), 64))
+    copy_ = lambda a: torch.from_numpy(np.array(a, np.float32)).to(device)
+    return np.concatenate([predict(copy_(images[p]), copy_(masks[p])).double().cpu().numpy() for p in parts])
 
 
 def train(args):
