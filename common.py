@@ -11,6 +11,7 @@ Read it top to bottom; each section uses only those above it, so a section can b
   6  Samplers     ddpm, ddim, euler, heun, all on that closure
   7  Pictures     grids of slices, line plots (Pillow only)
   8  Training     shared flags and presets, EMA, learning rate, LR finder, run folder, VGG16 features
+  9  Detector     finds distorted images: trained by classifier.py, used by whatever rejects, ranks or repairs
 
 Glossary (code name: the field's symbol)
   x_0   a clean image or mask, in [-1, 1]         x_t   the same with noise: x_t = alpha(t) x_0 + sigma(t) eps
@@ -2796,6 +2797,10 @@ def weights_hash(tensors):
     return hashlib.sha256(b''.join(v.float().cpu().numpy().tobytes() for v in tensors.values())).hexdigest()[:12]
 
 
+def script_name(script):
+    return 'classifier.py train' if script == 'detector' else f'train_{script}.py'
+
+
 def open_run(args):
     """Makes the run folder, or finds the checkpoint to resume from. Returns it or None; fails when the flags differ."""
     out = Path(args.out)
@@ -2814,7 +2819,7 @@ def open_run(args):
     if new['minutes'] is not None:                              # its number of steps was frozen when it started
         new['iters'] = old['iters']
     if old['script'] != args.script:
-        fail(f'--out {out}: holds a run of train_{old["script"]}.py; choose another --out')
+        fail(f'--out {out}: holds a run of {script_name(old["script"])}; choose another --out')
     if (old['dtype'] == 'pure-bf16') != (args.dtype == 'pure-bf16'):
         fail(f'--dtype {args.dtype}: the run in {out} was trained with {old["dtype"]}, which keeps other weights; choose another --out')
     changed = [k for k in sorted({*old, *new} - FREE) if old.get(k) != new.get(k)]
@@ -3042,3 +3047,72 @@ class VGG16(nn.Module):
             d = d * getattr(self, f'head{i}') if self.heads else d
             total = total + d.sum(1).mean((1, 2))
         return total
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 9  Detector
+# ---------------------------------------------------------------------------------------------------------------------
+CLASSES = ('anatomical', 'textural', 'boundary', 'intensity', 'artefact', 'conditioning')       # defined in classifier.py
+LABELS = ('rater', 'item', 'set', 'folder', 'verdict', 'class', 'severity', 'seconds', 'repeat', 'time')
+# labels.csv in a label run: one line an answer. set: the directory, folder: the patient folder in it; verdict: good | bad |
+# unsure; class (of CLASSES) and severity 1 to 3 only where bad; repeat 0 or 1; a later line of a rater, item, repeat wins (undo).
+
+
+class Detector(nn.Module):
+    """Is an image distorted, and how? (B,2,S,S): image in [-1,1] and mask in {0,1} -> (B,7) logits: bad, then CLASSES given bad.
+
+    Sees also the image less its 3 x 3 mean, the fine structure. Blocks of 2 x 2 pixels become channels (nothing is lost), residual
+    blocks at S/2, S/4 and S/8, then mean, maximum and deviation over the positions, so that any S works. BatchNorm, because
+    GroupNorm takes away an image's own contrast and energy, which is what many faults change.
+    """
+
+    def __init__(self, channels=(32, 64, 64)):
+        super().__init__()
+        self.stem, self.stages, c = nn.Conv2d(12, channels[0], 3, padding=1), nn.ModuleList(), channels[0]
+        for i, width in enumerate(channels):
+            self.stages.append(nn.ModuleDict(dict(
+                down=nn.Identity() if i == 0 else nn.Conv2d(c, width, 3, stride=2, padding=1),
+                norm1=nn.BatchNorm2d(width), conv1=nn.Conv2d(width, width, 3, padding=1),
+                norm2=nn.BatchNorm2d(width), conv2=nn.Conv2d(width, width, 3, padding=1))))
+            c = width
+        self.norm, self.out = nn.BatchNorm2d(c), nn.Linear(3 * c, 1 + len(CLASSES))
+
+    def forward(self, x):
+        fine = x[:, :1] - F.avg_pool2d(x[:, :1], 3, 1, 1, count_include_pad=False)
+        x = torch.cat([x, 5 * fine], 1)
+        h = self.stem(F.pixel_unshuffle(F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2), mode='replicate'), 2))
+        for s in self.stages:
+            h = s['down'](h)
+            h = h + s['conv2'](F.silu(s['norm2'](s['conv1'](F.silu(s['norm1'](h))))))
+        h = F.silu(self.norm(h))
+        return self.out(torch.cat([h.mean((2, 3)), h.amax((2, 3)), (h.var((2, 3), correction=0) + 1e-4).sqrt()], 1))
+
+
+def load_detector(path, device='cpu'):
+    """A detector of classifier.py train (a run folder or a checkpoint): net (eval, frozen), temperature, threshold on p(bad), prior
+    (share of bad images that p(bad) assumes), part (whose patients it learned from: train selects, judge reports), args, hash, path."""
+    state = load_checkpoint(path)
+    if not isinstance(state, dict) or not {'best', 'temperature', 'threshold', 'prior', 'box', 'args'} <= state.keys():
+        fail(f'{path}: is not a detector; expected a run of classifier.py train')
+    if state['temperature'] is None:
+        fail(f'{path}: is an unfinished detector (step {state["step"]}); run its classifier.py train command again, it goes on')
+    net, args = Detector(), argparse.Namespace(**state['args'])
+    try:
+        net.load_state_dict(state['best'])
+    except RuntimeError as e:
+        fail(f'{path}: its weights do not fit this version\'s detector ({str(e).splitlines()[-1].strip()}); train it again')
+    digest = hashlib.sha256(b''.join(v.float().numpy().tobytes() for v in state['best'].values())).hexdigest()[:12]
+    return argparse.Namespace(net=net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), hash=digest,
+                              temperature=float(state['temperature']), threshold=float(state['threshold']), prior=float(state['prior']),
+                              part=args.part, box=tuple(state['box']), args=args, path=str(path))
+
+
+def detector_logits(detector, images, masks):
+    """Calibrated logits (B,7) of images (B,1,H,W) in [-1,1] with masks (B,1,H,W) in {0,1}: p(bad) = sigmoid of the first,
+    softmax of the others the classes given bad. Differentiable in the images; brought to the detector's size where H differs."""
+    size = detector.args.size
+    if images.shape[2:] != (size, size):
+        images = F.interpolate(images, (size, size), mode='bilinear', antialias=True)
+        small = [shrink_mask(m, size, 1.0, 0.0)[0] for m in masks.detach().cpu().numpy()[:, 0]]         # the rule it was trained with
+        masks = torch.tensor(np.stack(small))[:, None]
+    return detector.net(torch.cat([images.float(), masks.to(images.device, torch.float32)], 1)) / detector.temperature
