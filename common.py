@@ -22,7 +22,7 @@ Glossary (code name: the field's symbol)
   part  train | val | judge | test                box   the brain box: y0, x0, y1, x1 as fractions of the view
 """
 import argparse, contextlib, copy, csv, ctypes, hashlib, io, json, math, os, re, shutil, signal, sys, time, uuid
-from collections import Counter
+from collections import Counter, deque
 from pathlib import Path
 
 import nibabel as nib
