@@ -1521,6 +1521,14 @@ def wilson(k, n, z=1.959964):
     return max(middle - half, 0.0), min(middle + half, 1.0)
 
 
+def auc(bad, good):
+    """P(a bad image scores above a good one), ties half (Mann-Whitney). nan without one of either."""
+    if not len(bad) or not len(good):
+        return math.nan
+    good = np.sort(good)
+    return float((np.searchsorted(good, bad, 'left') + np.searchsorted(good, bad, 'right')).mean() / (2 * len(good)))
+
+
 def correlation(a, b):
     """Of each image of a (N,S,S) with each of b (M,S,S): (N,M) in [-1,1]."""
     def unit(images):

@@ -41,6 +41,7 @@ def get_args(argv=None):
     g = p.add_argument_group('what is kept')
     g.add_argument('--gate', metavar='RUN', help='detector of distorted images (classifier.py train): draw again what it calls bad')
     g.add_argument('--threshold', type=number(float, 0, 1, open_low=True), metavar='P', help='keep where p(bad) < P; none: the detector\'s own, or with --best-of all')
+    g.add_argument('--rate', type=number(float, 0, 1), metavar='Q', help='share of bad images of this model, if known: only to say what to expect')
     g.add_argument('--best-of', type=number(int, 1), metavar='N', help='draw N images for each mask, keep the one with the lowest p(bad)')
     g.add_argument('--reject-copies', nargs='+', metavar='DIR', help='real patients: draw again what correlates with a training slice more than other patients\' do')
     g.add_argument('--max-draws', type=number(int, 1), metavar='M', help='draws for one image at most; none: 20, or 20 times --best-of')
@@ -92,7 +93,7 @@ def get_args(argv=None):
             fail(f'--{name.replace("_", "-")}: --sampler adaptive chooses its own times; leave it away')
     judges = 'gate' if args.gate else 'reject_copies'
     for name, wanted in (('part', 'data'), ('split', 'reject_copies' if args.reject_copies else 'data'), ('empty_slices', 'data'), ('seg_steps', 'seg'),
-                         ('per_patient', 'data'), ('threshold', 'gate'), ('best_of', 'gate'), ('max_draws', judges), ('gate', 'bravo'),
+                         ('per_patient', 'data'), ('threshold', 'gate'), ('rate', 'gate'), ('best_of', 'gate'), ('max_draws', judges), ('gate', 'bravo'),
                          ('reject_copies', 'bravo'), ('lora_scale', 'bravo')):
         if getattr(args, name) is not None and not getattr(args, wanted):
             fail(f'--{name.replace("_", "-")} {getattr(args, name)}: does nothing without --{wanted.replace("_", "-")}')
@@ -390,6 +391,11 @@ def acceptance(q, tpr, fpr):
     return a, q * (1 - tpr) / a
 
 
+def bad_share(a, tpr, fpr):
+    """Share of bad draws that an acceptance a speaks of: acceptance() solved for q (Rogan and Gladen 1978)."""
+    return (1 - a - fpr) / (tpr - fpr)
+
+
 def draws_for(n, a):
     """Draws until n have passed a gate that lets a share a pass: mean and standard deviation (negative binomial)."""
     return n / a, math.sqrt(n * (1 - a)) / a
@@ -405,7 +411,7 @@ class Set:
     def __init__(self, args, runs, requests, judge):
         self.out, last = Path(args.out), list(runs.values())[-1]
         self.headers = {'manifest': HEADER + JUDGED, 'rejected': REJECTED} if judge.on else {'manifest': HEADER}
-        same = {k: v for k, v in plain(args).items() if k not in ('n', 'batch_size', 'device', 'compile', 'out', 'cache', 'max_draws')}
+        same = {k: v for k, v in plain(args).items() if k not in ('n', 'batch_size', 'device', 'compile', 'out', 'cache', 'max_draws', 'rate')}
         same.update({k: r.hash for k, r in runs.items()}, pixels=last.args.size, box=list(last.box), per_patient=bool(args.per_patient) or None,
                     gate=judge.detector and judge.detector.hash,
                     asked=[[[None if math.isnan(v) else round(float(v), 6) for v in lesion] for lesion in r] for r in requests])
@@ -482,10 +488,13 @@ def report_choice(args, judge, kept, rejected):
         p = [np.mean([float(r['p_bad']) for r in rows]) if rows else math.nan for rows in ([r for r in every if int(r['candidate']) == 0], kept)]
         about.update(detector=judge.detector.hash, p_bad_first=p[0], p_bad_kept=p[1])
         print0(f'mean p(bad) {p[0]:.4f} of first draws, {p[1]:.4f} of those kept, by the detector that chose')
-    told = getattr(judge.detector, 'rates', None)
-    if told and N == 1:
-        about['acceptance_expected'], about['residual_expected'] = acceptance(told['q'], told['tpr'], told['fpr'])
-        print0(f'expected from the detector\'s validation: {about["acceptance_expected"]:.3f} pass, {about["residual_expected"]:.2%} of them bad')
+    figures = Path(args.gate or '') / 'metrics.json'
+    if args.gate and not args.threshold and N == 1 and a and figures.is_file():
+        tpr, fpr = (json.loads(figures.read_text())['detector'][k]['value'] for k in ('bad caught at threshold', 'good flagged at threshold'))
+        q = args.rate if args.rate is not None else min(max(bad_share(a, tpr, fpr), 0.0), 1.0)
+        about['expected'] = dict(zip(('acceptance', 'bad_kept'), acceptance(q, tpr, fpr)), bad_drawn=q, tpr=tpr, fpr=fpr)
+        print0(f'its own test: {tpr:.1%} of bad caught, {fpr:.1%} of good flagged; with {q:.1%} bad draws {"" if args.rate is not None else "(from the acceptance) "}'
+               f'{about["expected"]["acceptance"]:.3f} should pass and {about["expected"]["bad_kept"]:.2%} of the kept be bad')
     for name, rows in (('drawn', every), ('kept', kept)):
         mm = [float(d) for r in rows for d in r['diameters_mm'].split(';') if d]
         size = np.percentile(mm, (25, 50, 75)).tolist() if mm else [math.nan] * 3
