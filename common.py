@@ -1663,7 +1663,7 @@ PRESETS = {
 }
 # May differ when a run goes on; everything else must be as it was.
 FREE = {'device', 'dtype', 'compile', 'out', 'save_every', 'sample_every', 'keep_every', 'cache', 'data', 'minutes', 'lr_find',
-        'perceptual_weights', 'lpips_weights', 'init', 'split'}
+        'perceptual_weights', 'lpips_weights', 'init', 'split', 'bravo', 'reward'}
 
 
 def train_parser(doc, out):

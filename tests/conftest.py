@@ -66,7 +66,7 @@ def call(phantom, cache):
     def go(script, out, *flags):
         first = ['--cache', cache, '--out', out, '--device', 'cpu', '--dtype', 'fp32']
         if script == 'draft':
-            first += ['--data', phantom, '--batch-size', 2, '--held-out', 3, '--seeds', 2, '--eval-every', 2, '--steps', 3]
+            first += ['--data', phantom, '--batch-size', 2, '--held-out', 2, '--seeds', 2, '--eval-every', 2, '--steps', 3]
         elif script != 'sample':
             first += ['--preset', 'tiny', '--data', phantom, '--sample-every', 100]
             first += [] if {'--iters', '--minutes'} & {*flags} else ['--iters', 4]
@@ -87,9 +87,9 @@ def trained(call, tmp_path_factory):
 
 @pytest.fixture(scope='session')
 def detector(tmp_path_factory):
-    """detector(part): a file of a detector of 16 x 16 in the format of classifier.py train, with random weights that spread p(bad)."""
-    def make(part='train', name=None):
-        torch.manual_seed(common.seed_of('detector', part) % 2 ** 32)
+    """detector(part): makes a file of a detector of 16 x 16 in the format of classifier.py train, with random weights that spread p(bad)."""
+    def make(part='train', name=None, seed=0):
+        torch.manual_seed(common.seed_of('detector', part, seed) % 2 ** 32)
         net = common.Detector()
         torch.nn.init.normal_(net.out.weight, 0, 1.0)
         file = tmp_path_factory.mktemp('detector') / (name or f'{part}.pt')
