@@ -1940,6 +1940,10 @@ def load_checkpoint(path):
     return load_file(path)
 
 
+def script_name(script):
+    return 'classifier.py train' if script == 'detector' else f'train_{script}.py'
+
+
 def open_run(args, flags='args'):
     """Makes the run folder, or finds the checkpoint to resume from. Returns it or None; fails when its `flags` differ from args."""
     out = Path(args.out)
@@ -1958,7 +1962,7 @@ def open_run(args, flags='args'):
     if new.get('minutes') is not None:                              # its number of steps was frozen when it started
         new['iters'] = old['iters']
     if old['script'] != args.script:
-        fail(f'--out {out}: holds a run of train_{old["script"]}.py; choose another --out')
+        fail(f'--out {out}: holds a run of {script_name(old["script"])}; choose another --out')
     changed = [k for k in sorted({*old, *new} - FREE) if old.get(k) != new.get(k)]
     if changed:
         told = ', '.join(f'--{k.replace("_", "-")} {new.get(k)} (was {old.get(k)})' for k in changed[:4])
@@ -2174,7 +2178,7 @@ def load_detector(path, device='cpu'):
     """A detector of classifier.py train (a run folder or a checkpoint): net (eval, frozen), temperature, threshold on p(bad), prior
     (share of bad images that p(bad) assumes), part (whose patients it learned from: train selects, judge reports), args, hash, path."""
     state = load_checkpoint(path)
-    if not isinstance(state, dict) or not {'best', 'temperature', 'threshold', 'prior', 'args'} <= state.keys():
+    if not isinstance(state, dict) or not {'best', 'temperature', 'threshold', 'prior', 'box', 'args'} <= state.keys():
         fail(f'{path}: is not a detector; expected a run of classifier.py train')
     if state['temperature'] is None:
         fail(f'{path}: is an unfinished detector (step {state["step"]}); run its classifier.py train command again, it goes on')
@@ -2186,7 +2190,7 @@ def load_detector(path, device='cpu'):
     digest = hashlib.sha256(b''.join(v.float().numpy().tobytes() for v in state['best'].values())).hexdigest()[:12]
     return argparse.Namespace(net=net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), hash=digest,
                               temperature=float(state['temperature']), threshold=float(state['threshold']), prior=float(state['prior']),
-                              part=args.part, args=args, path=str(path))
+                              part=args.part, box=tuple(state['box']), args=args, path=str(path))
 
 
 def detector_logits(detector, images, masks):
