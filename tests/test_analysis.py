@@ -248,3 +248,26 @@ def test_onset_of_a_set(call, trained, phantom, detector, tmp_path):
     rows = common.read_csv(tmp_path / 'out/onset.csv')
     assert [float(r['t']) for r in rows] == [1, 0.5, 0] and float(rows[-1]['distance bad']) == 0 < float(rows[0]['distance bad'])
     assert sum(int(r['onsets']) for r in rows) <= 4
+
+
+ANALYSIS = [
+    ('patients --fake {d}/set', '--scores --answers one of them'), ('patients --fake {d}/set --scores {d}/scores --answers {d}/labels', 'one of them'),
+    ('patients --fake none --scores {d}/scores', '--fake none sample.json'), ('patients --fake {d}/set --scores {d}/labels', '--scores labels scores.csv'),
+    ('patients --fake {d}/set --answers {d}/scores', '--answers scores labels.csv'), ('taxonomy none', '--answers none labels.csv'),
+    ('taxonomy {d}/empty', '--answers empty no answer'), ('taxonomy {d}/wrong', "'awful' good, bad, unsure"), ('taxonomy {d}/columns', 'other columns rater,item'),
+    ('onset --fake {d}/set --gate none', 'none no such run folder'), ('onset --fake {d}/set --gate {gate} --answers {d}/labels --threshold 0.5', '--threshold 0.5 --answers'),
+    ('onset --fake {d}/set --gate {gate}', 'trajectory.npz --save-at'), ('onset --fake {d}/set --gate {gate} --threshold 0', "--threshold '0' above 0"),
+    ('taxonomy {d}/labels --repeats 3', "--repeats '3' at least 20"), ('onset --fake {d}/set --gate {gate} --early 2', "--early '2' at most 1"),
+]
+
+
+@pytest.mark.parametrize('flags, words', ANALYSIS, ids=[f for f, _ in ANALYSIS])
+def test_others_refused(judged, detector, tmp_path, capsys, flags, words):
+    header = ','.join(common.LABELS) + '\n'
+    for name, text in (('empty', header), ('wrong', header + 'a,i,s,f,awful,,,1,0,now\n'), ('columns', 'a,b\n1,2\n')):
+        (judged / name).mkdir()
+        (judged / name / 'labels.csv').write_text(text)
+    with pytest.raises(SystemExit) as e:
+        analysis.main(analysis.get_args([*flags.format(d=judged, gate=detector()).split(), '--out', str(tmp_path / 'out')]))
+    err = capsys.readouterr().err.splitlines()
+    assert e.value.code == 2 and len(err) == 1 and all(w in err[0] for w in words.split()), err
