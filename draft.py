@@ -193,6 +193,8 @@ def main(args):
         fail(f'--bravo {run.path}: is a run of train_{run.args.script}.py')
     if detector.part != 'train':
         fail(f'--reward {detector.path}: learned from {detector.part} patients, so it reports and must not select; give one of training patients')
+    if max(abs(a - b) for a, b in zip(detector.box, run.box)) > 0.02:
+        print0(f'note: the detector saw the brain box {detector.box}, the image model {run.box}; its verdict may not fit')
     name, steps, clip = default_solver(run.args, args.sampler, args.steps)
     ts, process, net, size = run.process.times(steps), run.process, run.net, run.args.size
     if args.k > steps:

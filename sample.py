@@ -356,6 +356,8 @@ class Judge:
             self.detector = load_detector(args.gate, device)
             if self.detector.part == 'judge':
                 fail(f'--gate {args.gate}: learned from judge patients, so it reports and must not select; give one of training patients')
+            if max(abs(a - b) for a, b in zip(self.detector.box, run.box)) > 0.02:
+                print0(f'note: the detector saw the brain box {self.detector.box}, the image model {run.box}; its verdict may not fit')
             self.threshold = args.threshold or (math.inf if args.best_of else self.detector.threshold)
         if args.reject_copies:
             data = load_slices(args.reject_copies, run.args.size, ('bravo',), run.box, args.split, args.cache)
@@ -388,7 +390,7 @@ class Judge:
 def acceptance(q, tpr, fpr):
     """Share of draws that a gate lets pass, and share of bad ones among them: q bad draws, tpr of them stopped, fpr of the good ones."""
     a = q * (1 - tpr) + (1 - q) * (1 - fpr)
-    return a, q * (1 - tpr) / a
+    return a, q * (1 - tpr) / max(a, 1e-12)
 
 
 def bad_share(a, tpr, fpr):
@@ -399,6 +401,11 @@ def bad_share(a, tpr, fpr):
 def draws_for(n, a):
     """Draws until n have passed a gate that lets a share a pass: mean and standard deviation (negative binomial)."""
     return n / a, math.sqrt(n * (1 - a)) / a
+
+
+def mean_of(rows, column, which=lambda r: True):
+    values = [float(r[column]) for r in rows if which(r)]
+    return float(np.mean(values)) if values else math.nan
 
 
 class Set:
@@ -471,37 +478,31 @@ class Set:
 
 def report_choice(args, judge, kept, rejected):
     """What the choice cost against the formula, and how it moved the lesions: printed, and gate.json."""
-    N, every = args.best_of or 1, kept + rejected
-    rounds = len(kept) + sum(r['why'] in ('copy', 'distorted') for r in rejected)
-    first = sum(int(r['candidate']) < N for r in kept), len({r['index'] for r in every})       # of first rounds: each condition once
-    a, formula = first[0] / max(first[1], 1), None
-    print0(f'kept {len(kept)} of {len(every)} draws ({", ".join(f"{n} {w}" for w, n in Counter(r["why"] for r in rejected).items()) or "none rejected"}); '
-           f'of first rounds {a:.3f} [{wilson(*first)[0]:.3f}, {wilson(*first)[1]:.3f}] pass')
-    about = dict(kept=len(kept), draws=len(every), rounds=rounds, best_of=N, acceptance=len(kept) / max(rounds, 1), first_rounds=a,
-                 first_rounds_95=wilson(*first), why=Counter(r['why'] for r in rejected), threshold=judge.threshold if judge.threshold < 2 else None,
-                 correlation_cut=judge.cut if judge.cut < 2 else None)
-    if a:
-        about['rounds_formula'] = draws_for(len(kept), a)
-        print0(f'rounds of {N}: {rounds}; from the first ones follow {about["rounds_formula"][0]:.0f} +- {about["rounds_formula"][1]:.0f} '
-               '(more: some masks are harder than others)')
+    N, every, why = args.best_of or 1, kept + rejected, Counter(r['why'] for r in rejected)
+    rounds, first = len(kept) + why['copy'] + why['distorted'], (sum(int(r['candidate']) < N for r in kept), len({r['index'] for r in every}))
+    a, between_, known = first[0] / max(first[1], 1), wilson(*first), lambda v: v if v < 2 else None
+    about = dict(kept=len(kept), draws=len(every), why=why, best_of=N, threshold=known(judge.threshold), correlation_cut=known(judge.cut), rounds=rounds,
+                 acceptance=len(kept) / max(rounds, 1), first_rounds=a, first_rounds_95=between_, rounds_formula=draws_for(len(kept), a) if a else None)
+    print0(f'kept {len(kept)} of {len(every)} draws ({", ".join(f"{n} {w}" for w, n in why.items()) or "none rejected"}); of first rounds {a:.3f} '
+           f'[{between_[0]:.3f}, {between_[1]:.3f}] pass')
+    if a:                                                                       # by first rounds, where each mask counts once
+        print0('in {} rounds of {}; from the first ones follow {:.0f} +- {:.0f} (more: some masks are harder)'.format(rounds, N, *about['rounds_formula']))
     if judge.detector:
-        p = [np.mean([float(r['p_bad']) for r in rows]) if rows else math.nan for rows in ([r for r in every if int(r['candidate']) == 0], kept)]
-        about.update(detector=judge.detector.hash, p_bad_first=p[0], p_bad_kept=p[1])
-        print0(f'mean p(bad) {p[0]:.4f} of first draws, {p[1]:.4f} of those kept, by the detector that chose')
+        about.update(detector=judge.detector.hash, p_bad_first=mean_of(every, 'p_bad', lambda r: r['candidate'] == '0'), p_bad_kept=mean_of(kept, 'p_bad'))
+        print0(f'mean p(bad) {about["p_bad_first"]:.4f} of first draws, {about["p_bad_kept"]:.4f} of those kept, by the detector that chose')
     figures = Path(args.gate or '') / 'metrics.json'
-    if args.gate and not args.threshold and N == 1 and a and figures.is_file():
+    if args.gate and not args.threshold and N == 1 and figures.is_file():
         tpr, fpr = (json.loads(figures.read_text())['detector'][k]['value'] for k in ('bad caught at threshold', 'good flagged at threshold'))
-        q = args.rate if args.rate is not None else min(max(bad_share(a, tpr, fpr), 0.0), 1.0)
-        about['expected'] = dict(zip(('acceptance', 'bad_kept'), acceptance(q, tpr, fpr)), bad_drawn=q, tpr=tpr, fpr=fpr)
-        print0(f'its own test: {tpr:.1%} of bad caught, {fpr:.1%} of good flagged; with {q:.1%} bad draws {"" if args.rate is not None else "(from the acceptance) "}'
-               f'{about["expected"]["acceptance"]:.3f} should pass and {about["expected"]["bad_kept"]:.2%} of the kept be bad')
+        q = args.rate if args.rate is not None or tpr <= fpr else min(max(bad_share(a, tpr, fpr), 0.0), 1.0)
+        if q is not None:
+            about['expected'] = dict(zip(('acceptance', 'bad_kept'), acceptance(q, tpr, fpr)), bad_drawn=q, tpr=tpr, fpr=fpr)
+            print0(f'its own test: {tpr:.1%} of bad caught, {fpr:.1%} of good flagged; with {q:.1%} bad draws ({"told" if args.rate is not None else "from the acceptance"}) '
+                   f'{about["expected"]["acceptance"]:.3f} should pass and {about["expected"]["bad_kept"]:.2%} of the kept be bad')
     for name, rows in (('drawn', every), ('kept', kept)):
         mm = [float(d) for r in rows for d in r['diameters_mm'].split(';') if d]
-        size = np.percentile(mm, (25, 50, 75)).tolist() if mm else [math.nan] * 3
-        count = [int(r['lesions']) for r in rows]
-        about[f'lesions_{name}'] = dict(images=len(rows), count=float(np.mean(count)) if rows else math.nan, empty=sum(c == 0 for c in count), diameters_mm=size)
-        print0(f'{name:6} {len(rows):6} images, {about[f"lesions_{name}"]["count"]:.3f} lesions each, {about[f"lesions_{name}"]["empty"]} without; '
-               f'diameter {size[1]:.1f} mm (quartiles {size[0]:.1f}, {size[2]:.1f})')
+        size, empty = np.percentile(mm or [math.nan], (25, 50, 75)).tolist(), sum(r['lesions'] == '0' for r in rows)
+        about[f'lesions_{name}'] = dict(images=len(rows), count=mean_of(rows, 'lesions'), empty=empty, diameters_mm=size)
+        print0(f'{name:6}{len(rows):6} images, {mean_of(rows, "lesions"):.3f} lesions each, {empty} without; diameter {size[1]:.1f} mm (quartiles {size[0]:.1f}, {size[2]:.1f})')
     atomic_write(Path(args.out) / 'gate.json', json.dumps(about, indent=1).encode())
 
 

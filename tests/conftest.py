@@ -91,7 +91,7 @@ def detector(tmp_path_factory):
     def make(part='train', name=None, seed=0):
         torch.manual_seed(common.seed_of('detector', part, seed) % 2 ** 32)
         net = common.Detector()
-        torch.nn.init.normal_(net.out.weight, 0, 1.0)
+        torch.nn.init.normal_(net.out.weight, 0, 0.3)
         file = tmp_path_factory.mktemp('detector') / (name or f'{part}.pt')
         torch.save(dict(best=net.state_dict(), temperature=1.0, threshold=0.5, prior=0.06, box=[0.0, 0.0, 1.0, 1.0], step=1, args=dict(size=16, part=part)), file)
         return file
