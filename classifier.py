@@ -451,16 +451,14 @@ def border(mask):
     return ''.join(across + down)
 
 
-def strip(family):
-    """Three faults of a family, slight, clear and gross, each of another kind, on the phantom: PNG."""
-    image, mask = example()
-    pictures, kinds, seed = [], set(), 0
-    while len(pictures) < 3:
-        made, kind = corrupt_image(image, mask, family, len(pictures) + 1, 'example', seed)
-        if kind not in kinds:
-            kinds.add(kind)
-            pictures.append(outline(made, mask * (family == 'conditioning')))
-        seed += 1
+def strip(family, image, mask):
+    """Three faults of a family, slight, clear and gross, each of another kind and the plainest of some seeds: PNG."""
+    pictures, kinds = [], set()
+    for severity in (1, 2, 3):
+        made = [corrupt_image(image, mask, family, severity, 'example', seed) for seed in range(24)]
+        plain, kind = max((m for m in made if m[1] not in kinds), key=lambda m: float((m[0] - image).abs().mean()))
+        kinds.add(kind)
+        pictures.append(outline(plain, mask * (family == 'conditioning')))
     return grid_png([pictures])
 
 
@@ -564,7 +562,8 @@ def label(args):
     header = ['item', 'set', 'folder', 'z']
     write_csv(out / 'items.csv', header, [[n, *(r[h] for h in header[1:])] for n, r in sorted({**known, **items}.items())])
     study = Study(out, items, args.seed, args.again, args.rater)
-    pictures.update({f'example/{c}.png': strip(c) for c in CLASSES})
+    shown = example()
+    pictures.update({f'example/{c}.png': strip(c, *shown) for c in CLASSES})
     try:
         server = http.server.ThreadingHTTPServer(('127.0.0.1', args.port), Handler)
     except OSError as e:
