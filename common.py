@@ -1512,6 +1512,8 @@ def default_solver(args, sampler=None, steps=None):
 # ---------------------------------------------------------------------------------------------------------------------
 # 7  Measures and pictures
 # ---------------------------------------------------------------------------------------------------------------------
+
+
 def wilson(k, n, z=1.959964):
     """Wilson's interval of a share k/n (Wilson 1927), 95 % for that z: low, high. (0, 1) for n = 0."""
     if not n:
@@ -1959,7 +1961,7 @@ def open_run(args, flags='args'):
     if not isinstance(state, dict) or flags not in state or 'opt' not in state:
         fail(f'{out}: its checkpoint holds no training to resume; choose another --out, or give it to --init')
     old, new = state[flags], plain(args)
-    if new.get('minutes') is not None:                              # its number of steps was frozen when it started
+    if new.get('minutes') is not None:                          # its number of steps was frozen when it started
         new['iters'] = old['iters']
     if old['script'] != args.script:
         fail(f'--out {out}: holds a run of {script_name(old["script"])}; choose another --out')
@@ -2013,7 +2015,8 @@ def load_init(net, args):
 def load_run(path, device='cpu', dtype='fp32', weights='ema'):
     """A trained network for any script: net (eval), process, args, step, box, spacing, hash. path: run folder or checkpoint.
 
-    weights: ema, raw, or a number: that far from raw (0) to ema (1), the LoRA scale of a run of draft.py. spacing: median pixel (y, x) in mm of the training slices. hash: of the weights, for manifests.
+    weights: ema, raw, or a number: that far from raw (0) to ema (1), the LoRA scale of a run of draft.py. spacing: median pixel (y, x)
+    in mm of the training slices. hash: of the weights, for manifests.
     """
     state = load_checkpoint(path)
     if not isinstance(state, dict) or not {'args', 'ema', 'box', 'in_channels'} <= state.keys():

@@ -204,6 +204,8 @@ def main(args):
     rows, val = (data.rows(part, args.empty_slices, args.seed) for part in ('train', 'val'))
     if not len(rows) or not len(val):
         fail(f'--data {" ".join(args.data)}: {len(rows)} slices of training and {len(val)} of val patients; both are needed, see --split')
+    if len(val) < 2 * args.held_out:
+        print0(f'note: only {len(val)} slices of val patients: the sweep meets masks again that judged the progress (with other noise)')
     val = val[batch_rows(len(val), 2 * args.held_out, 0, args.seed)]
 
     # adapters, optimiser
