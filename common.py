@@ -9,7 +9,7 @@ Read it top to bottom; each section uses only those above it, so a section can b
                   the same with Mamba's scan, MMDiT with two streams, all in 2D and 3D; 2:4 sparsity, pruning; build_net
   5  Processes    Space (pixels, bands, latents); DDPM and RFlow: alpha, sigma, log-SNR, losses, the `denoise` closure
   6  Samplers     ddpm, ddim, euler, heun, all on that closure
-  7  Pictures     grids of slices, line plots (Pillow only)
+  7  Measures     Wilson's interval, correlation, MS-SSIM; pictures: grids of slices, line plots (Pillow only)
   8  Training     shared flags and presets, EMA, learning rate, LR finder, run folder, VGG16 features
   9  Detector     finds distorted images: trained by classifier.py, used by whatever rejects, ranks or repairs
 
@@ -24,7 +24,7 @@ Glossary (code name: the field's symbol)
   token   the width numbers that stand for a patch       grid   patches along each axis; N of them in all
 """
 import argparse, contextlib, copy, csv, ctypes, hashlib, io, json, math, os, re, shutil, signal, sys, time, uuid
-from collections import Counter
+from collections import Counter, deque
 from pathlib import Path
 
 import nibabel as nib
@@ -2183,9 +2183,73 @@ def asked_times(sampler, ts, process):
     return [float(t) for t in ts[:-1]] + more.get(sampler, list)()
 
 
+def default_solver(args, sampler=None, steps=None):
+    """Sampler, number of its steps and whether x0_hat is bounded, where they are not asked for. args: of the run."""
+    sampler = sampler or ('euler' if args.rflow else 'ddim')
+    if steps is None:
+        steps = min((25 if args.rflow else args.steps if sampler == 'ddpm' else 50), args.steps or 25)
+    return sampler, steps, not args.rflow
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# 7  Pictures
+# 7  Measures and pictures
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def wilson(k, n, z=1.959964):
+    """Wilson's interval of a share k/n (Wilson 1927), 95 % for that z: low, high. (0, 1) for n = 0."""
+    if not n:
+        return 0.0, 1.0
+    p, w = k / n, z * z / n
+    middle, half = (p + w / 2) / (1 + w), z * math.sqrt(p * (1 - p) / n + w / n / 4) / (1 + w)
+    return max(middle - half, 0.0), min(middle + half, 1.0)
+
+
+def auc(bad, good):
+    """P(a bad image scores above a good one), ties half (Mann-Whitney). nan without one of either."""
+    if not len(bad) or not len(good):
+        return math.nan
+    good = np.sort(good)
+    return float((np.searchsorted(good, bad, 'left') + np.searchsorted(good, bad, 'right')).mean() / (2 * len(good)))
+
+
+def correlation(a, b):
+    """Of each image of a (N,S,S) with each of b (M,S,S): (N,M) in [-1,1]."""
+    def unit(images):
+        flat = images.reshape(len(images), -1).astype(np.float32)
+        flat = flat - flat.mean(1, keepdims=True)
+        return flat / (np.linalg.norm(flat, axis=1, keepdims=True) + 1e-8)
+    return unit(a) @ unit(b).T
+
+
+def copy_cut(train, held_out):
+    """Above this correlation with a training image an image is a copy: the 99th percentile of real images of other patients."""
+    return float(np.percentile(correlation(held_out, train).max(1), 99))
+
+
+MS_SSIM = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)                                # Wang 2003; small images use the first few
+
+
+def ms_ssim(x, y):
+    """Multi-scale SSIM (Wang 2003) of pairs x, y (N,1,H,W) in [-1,1]: (N,). Window 11, sigma 1.5; scales while the side is >= 11."""
+    scales = min(5, int(math.log2(x.shape[-1] / 11)) + 1)
+    weights = torch.tensor(MS_SSIM[:scales])
+    g = torch.exp(-(torch.arange(11.0) - 5) ** 2 / (2 * 1.5 ** 2))
+    window = (g.outer(g) / g.sum() ** 2)[None, None].to(x)
+    blur = lambda v: F.conv2d(v, window)
+    out = x.new_ones(len(x))
+    for i, weight in enumerate((weights / weights.sum()).tolist()):
+        mx, my = blur(x), blur(y)
+        vx, vy, cov = blur(x * x) - mx * mx, blur(y * y) - my * my, blur(x * y) - mx * my
+        c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2                                 # a range of 2
+        structure = (2 * cov + c2) / (vx + vy + c2)
+        if i == scales - 1:
+            structure = structure * (2 * mx * my + c1) / (mx * mx + my * my + c1)
+        out = out * structure.mean((1, 2, 3)).clamp(min=0) ** weight
+        x, y = F.avg_pool2d(x, 2), F.avg_pool2d(y, 2)
+    return out
+
+
 COLOURS = ((31, 119, 180), (214, 39, 40), (44, 160, 44), (255, 127, 14), (148, 103, 189), (23, 190, 207), (140, 86, 75), (90, 90, 90))
 
 
@@ -2298,7 +2362,7 @@ YOUNGER = dict(model='unet', patch=None, width=None, depth=None, heads=None, p_u
                progressive=None)                                                            # flags that older runs do not hold
 # May differ when a run goes on; everything else must be as it was.
 FREE = {'device', 'dtype', 'compile', 'checkpointing', 'dry_run', 'out', 'save_every', 'sample_every', 'keep_every', 'cache', 'data', 'minutes', 'lr_find',
-        'perceptual_weights', 'lpips_weights', 'init', 'split'}
+        'perceptual_weights', 'lpips_weights', 'init', 'split', 'bravo', 'reward'}
 
 
 def train_parser(doc, out):
@@ -2801,8 +2865,8 @@ def script_name(script):
     return 'classifier.py train' if script == 'detector' else f'train_{script}.py'
 
 
-def open_run(args):
-    """Makes the run folder, or finds the checkpoint to resume from. Returns it or None; fails when the flags differ."""
+def open_run(args, flags='args'):
+    """Makes the run folder, or finds the checkpoint to resume from. Returns it or None; fails when its `flags` differ from args."""
     out = Path(args.out)
     state = load_checkpoint(out) if any((out / f).exists() for f in ('ckpt.pt', 'ckpt.prev.pt')) else None
     barrier()                                                   # all have read before one moves it aside:
@@ -2813,14 +2877,15 @@ def open_run(args):
             out.mkdir(parents=True, exist_ok=True)
         barrier()
         return None
-    if not isinstance(state, dict) or 'args' not in state or 'opt' not in state:
+    if not isinstance(state, dict) or flags not in state or 'opt' not in state:
         fail(f'{out}: its checkpoint holds no training to resume; choose another --out, or give it to --init')
-    old, new = {**YOUNGER, **state['args']}, plain(args)
-    if new['minutes'] is not None:                              # its number of steps was frozen when it started
+    new = plain(args)
+    old = {**{k: v for k, v in YOUNGER.items() if k in new}, **state[flags]}
+    if new.get('minutes') is not None:                          # its number of steps was frozen when it started
         new['iters'] = old['iters']
     if old['script'] != args.script:
         fail(f'--out {out}: holds a run of {script_name(old["script"])}; choose another --out')
-    if (old['dtype'] == 'pure-bf16') != (args.dtype == 'pure-bf16'):
+    if (old.get('dtype') == 'pure-bf16') != (args.dtype == 'pure-bf16'):
         fail(f'--dtype {args.dtype}: the run in {out} was trained with {old["dtype"]}, which keeps other weights; choose another --out')
     changed = [k for k in sorted({*old, *new} - FREE) if old.get(k) != new.get(k)]
     if changed:
@@ -2885,7 +2950,8 @@ def load_init(net, args):
 def load_run(path, device='cpu', dtype='fp32', weights='ema'):
     """A trained network for any script: net (eval), process, args, step, box, spacing, hash. path: run folder or checkpoint.
 
-    weights: ema or raw. spacing: median pixel (y, x) in mm of the training slices. hash: of the weights, for manifests.
+    weights: ema, raw, or a number: that far from raw (0) to ema (1), the LoRA scale of a run of draft.py. spacing: median pixel (y, x)
+    in mm of the training slices. hash: of the weights, for manifests.
     """
     state = load_checkpoint(path)
     if not isinstance(state, dict) or not {'args', 'ema', 'box', 'in_channels'} <= state.keys():
@@ -2894,10 +2960,12 @@ def load_run(path, device='cpu', dtype='fp32', weights='ema'):
         fail(f'{path}: is an autoencoder; it is used by an image model trained with train_bravo.py --latent {path}')
     args = argparse.Namespace(**{**YOUNGER, **state['args']})
     net = build_net(args, state['in_channels'], state['out_channels'], state['extra_dim'])
-    tensors = state.get(weights if weights == 'ema' else 'net')
+    tensors = state['ema'] if weights == 'ema' else state.get('net')
     if tensors is None:
-        fail(f'{path}: holds no {weights} weights; use --weights ema')
+        fail(f'{path}: holds no raw weights; use --weights ema, and no --lora-scale')
     fit_pruned(net, tensors)
+    if weights not in ('ema', 'raw'):
+        tensors = {k: v.lerp(state['ema'][k], weights) if v.is_floating_point() else v for k, v in tensors.items()}
     net.load_state_dict(tensors)
     args.dtype, process = dtype, build_process(args)
     process.space = Space(state.get('space')).to(device)

@@ -117,23 +117,6 @@ def wasserstein(a, b):
     return float((np.abs(F_a - F_b) * np.diff(both)).sum())
 
 
-MS_SSIM = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)                                # Wang 2003; small images use the first few
-
-
-def ms_ssim(x, y):
-    """Multi-scale SSIM (Wang 2003) of pairs x, y (N,1,H,W) in [-1,1]: (N,). Window 11, sigma 1.5; scales while the side is >= 11."""
-    scales = min(5, int(math.log2(x.shape[-1] / 11)) + 1)
-    weights = torch.tensor(MS_SSIM[:scales])
-    out = x.new_ones(len(x))
-    for i, weight in enumerate((weights / weights.sum()).tolist()):
-        luminance, structure = ssim_parts(x, y)
-        if i == scales - 1:
-            structure = structure * luminance
-        out = out * structure.mean((1, 2, 3)).clamp(min=0) ** weight
-        x, y = F.avg_pool2d(x, 2), F.avg_pool2d(y, 2)
-    return out
-
-
 def lesions(masks):
     """Of masks (N,S,S): the number of pieces of each, and for all pieces image number, diameter (pixels), centre x, y in [0,1]."""
     counts, pieces = np.zeros(len(masks), int), []
@@ -246,11 +229,8 @@ def quality(args):
 
 def copies(images, fakes, train, held_out, out):
     """Nearest training image of each fake by correlation; the eight closest pairs as a picture. Returns the cut and the correlations."""
-    flat = images.reshape(len(images), -1).astype(np.float32)
-    flat = flat - flat.mean(1, keepdims=True)
-    flat /= np.linalg.norm(flat, axis=1, keepdims=True) + 1e-8
-    to_train, to_held = flat[fakes] @ flat[train].T, flat[fakes] @ flat[held_out].T
-    cut = float(np.percentile((flat[held_out] @ flat[train].T).max(1), 99))
+    to_train, to_held = correlation(images[fakes], images[train]), correlation(images[fakes], images[held_out])
+    cut = copy_cut(images[train], images[held_out])
     top = np.argsort(-to_train.max(1))[:8]
     zoom = max(1, 128 // images.shape[-1])
     out.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,8 @@
   python sample.py --masks runs/masks --bravo runs/bravo --n 15000     masks that an earlier call made (--seg alone)
   python sample.py --data DIR --bravo runs/bravo --n 4096 --pairs --out runs/pairs   noise and image, for train_bravo.py --reflow
   python sample.py --seg runs/seg --count 3 --size 8 --location 0.6,0.4   masks as asked for (train_seg.py --controllable)
+  python sample.py --seg runs/seg --bravo runs/bravo --gate runs/detector    only images that a detector calls good (classifier.py train)
+  python sample.py --data DIR --part test --per-patient 100 --bravo runs/bravo    100 images for each patient, on masks of that patient
 
 Leaves in --out one folder a patient in the layout of real data (bravo.nii.gz, seg.nii.gz, preview.png), manifest.csv (seed,
 condition, source patient, hash of the run for each), grid.png. The same command goes on with a half-done set; torchrun
@@ -24,7 +26,8 @@ def get_args(argv=None):
     g.add_argument('--split', metavar='FILE', help='CSV patient,part instead of the split by name, with --data')
     g.add_argument('--empty-slices', type=number(float, 0, 1), help='share of masks without tumour, with --data; none: 0.2')
     g.add_argument('--slice-level', type=number(float, 0, 1), help='level for models that know it; none: the mask\'s own, or drawn')
-    g.add_argument('--n', type=number(int, 1), default=16, help='number of patients')
+    g.add_argument('--n', type=number(int, 1), help='number of patients; none: 16')
+    g.add_argument('--per-patient', type=number(int, 1), metavar='K', help='instead of --n: K images for each patient of --data, on masks of that patient in turn')
     g = p.add_argument_group('what the masks hold (a mask model trained with --controllable)')
     g.add_argument('--count', type=number(int, 0, LESIONS), help='lesions in each mask')
     g.add_argument('--size', type=numbers(float, 0), help='their diameters, mm, as 8 or 8,5; none: any')
@@ -35,6 +38,13 @@ def get_args(argv=None):
     g.add_argument('--seg-cfg', type=number(float, 0), default=1.0, help='weight of the request on the mask')
     g.add_argument('--cfg-interval', nargs=2, type=number(float, 0, 1), default=(0.0, 1.0), metavar=('A', 'B'), help='guide only where A < t <= B')
     g.add_argument('--cfg-rescale', type=number(float, 0, 1), default=0.0, help='bring the guided x0_hat back to its spread; 0: no, 1: fully')
+    g = p.add_argument_group('what is kept')
+    g.add_argument('--gate', metavar='RUN', help='detector of distorted images (classifier.py train): draw again what it calls bad')
+    g.add_argument('--threshold', type=number(float, 0, 1, open_low=True), metavar='P', help='keep where p(bad) < P; none: the detector\'s own, or with --best-of all')
+    g.add_argument('--rate', type=number(float, 0, 1), metavar='Q', help='share of bad images of this model, if known: only to say what to expect')
+    g.add_argument('--best-of', type=number(int, 1), metavar='N', help='draw N images for each mask, keep the one with the lowest p(bad)')
+    g.add_argument('--reject-copies', nargs='+', metavar='DIR', help='real patients: draw again what correlates with a training slice more than other patients\' do')
+    g.add_argument('--max-draws', type=number(int, 1), metavar='M', help='draws for one image at most; none: 20, or 20 times --best-of')
     g = p.add_argument_group('solver')
     g.add_argument('--sampler', choices=tuple(SAMPLERS), help='none: euler for RFlow, ddim for DDPM')
     g.add_argument('--steps', type=number(int, 1), help='solver steps of the image; none: 25 for RFlow, 50 for DDPM, all for ddpm')
@@ -48,6 +58,7 @@ def get_args(argv=None):
     g.add_argument('--pair', choices=tuple(PAIRS), help='of adaptive; none: bs23')
     g.add_argument('--clip', action=argparse.BooleanOptionalAction, help='bound x0_hat to the data\'s range; none: for DDPM only')
     g.add_argument('--weights', choices=('ema', 'raw'), default='ema')
+    g.add_argument('--lora-scale', type=number(float, 0, 1), metavar='S', help='of a --bravo run of draft.py: 0 is the model that it started from; none: 1')
     g.add_argument('--save-at', type=numbers(float, 0, 1), help='also keep x_t and x0_hat at these times, as 1,.5,.1,0')
     g = p.add_argument_group('run')
     g.add_argument('--pairs', action='store_true', help='write noise and image of each in shards, for train_bravo.py --reflow, and no patients')
@@ -80,9 +91,21 @@ def get_args(argv=None):
     for name, low in (('steps', None), ('seg_steps', None), ('save_at', None), ('grid', 'time'), ('shift', 1.0)):
         if args.sampler == 'adaptive' and getattr(args, name) != low:
             fail(f'--{name.replace("_", "-")}: --sampler adaptive chooses its own times; leave it away')
-    for name, wanted in (('part', 'data'), ('split', 'data'), ('empty_slices', 'data'), ('seg_steps', 'seg')):
+    judges = 'gate' if args.gate else 'reject_copies'
+    for name, wanted in (('part', 'data'), ('split', 'reject_copies' if args.reject_copies else 'data'), ('empty_slices', 'data'), ('seg_steps', 'seg'),
+                         ('per_patient', 'data'), ('threshold', 'gate'), ('rate', 'gate'), ('best_of', 'gate'), ('max_draws', judges), ('gate', 'bravo'),
+                         ('reject_copies', 'bravo'), ('lora_scale', 'bravo')):
         if getattr(args, name) is not None and not getattr(args, wanted):
-            fail(f'--{name.replace("_", "-")} {getattr(args, name)}: does nothing without --{wanted}')
+            fail(f'--{name.replace("_", "-")} {getattr(args, name)}: does nothing without --{wanted.replace("_", "-")}')
+    if (args.gate or args.reject_copies) and (args.pairs or args.learn_steps):
+        fail('--gate and --reject-copies choose what a set keeps; leave --pairs and --learn-steps away')
+    if args.max_draws and args.max_draws < (args.best_of or 1):
+        fail(f'--max-draws {args.max_draws}: is less than --best-of {args.best_of}')
+    if args.n and args.per_patient:
+        fail('--n and --per-patient both say how many; give one')
+    if args.lora_scale is not None and args.weights == 'raw':
+        fail('--weights raw: is --lora-scale 0 of a run of draft.py; give one of them')
+    args.n = args.n or 16
     asked = [f'--{k}' for k in ('count', 'size', 'location', 'requests') if getattr(args, k) is not None]
     if asked and not args.seg:
         fail(f'{asked[0]}: says what a mask model draws; give it with --seg')
@@ -104,7 +127,7 @@ def get_args(argv=None):
     args.part, args.empty_slices = args.part or 'train', 0.2 if args.empty_slices is None else args.empty_slices
     if args.eta and args.sampler != 'ddim':
         fail(f'--eta {args.eta}: is for --sampler ddim')
-    for name in ('bravo', 'seg', 'masks'):
+    for name in ('bravo', 'seg', 'masks', 'gate'):
         if getattr(args, name) and not Path(getattr(args, name)).exists():
             fail(f'--{name} {getattr(args, name)}: no such {"folder" if name == "masks" else "run folder or checkpoint"}')
     if args.save_at and not args.bravo:
@@ -118,18 +141,16 @@ def get_args(argv=None):
 
 def solver(run, args, steps):
     """Fills in what was not asked for: the name of the sampler, its steps and whether x0_hat is clipped."""
-    name = args.sampler or ('euler' if run.args.rflow else 'ddim')
-    if steps is None:
-        steps = min((25 if run.args.rflow else run.args.steps if name == 'ddpm' else 50), run.args.steps or 25)
+    name, steps, clip = default_solver(run.args, args.sampler, steps)
     if name == 'adaptive' and not run.args.rflow:
         fail(f'--sampler adaptive: is for RFlow; {run.path} is DDPM, use dpm++ or ddim')
-    ts = run.process.times(steps, args.grid, args.shift)
+    ts = run.process.times(steps, args.grid, args.shift * run.process.shift)
     if args.steps_file and run.args.script == 'bravo':
         ts = read_steps(args, run)
     pixels = not run.process.space.about
     if args.clip and not pixels:
         fail(f'--clip: bounds pixels; {run.path} acts on {run.process.space.name}, which have no bounds')
-    return name, ts, pixels and not run.args.rflow if args.clip is None else args.clip
+    return name, ts, pixels and clip if args.clip is None else args.clip
 
 
 def jump_costs(states, x_0s, ts, process):
@@ -197,8 +218,8 @@ def write_pairs(args, run, conditions, out):
         for i in range(0, len(ids), args.batch_size):
             some, start = ids[i:i + args.batch_size], []
             mask, level, about = conditions(some)
-            image = draw(run, args, some, 'image', args.steps, mask, level, lambda i, t, x_t, x_0: start or start.append(x_t.cpu()))
-            parts.append((start[0].numpy(), image.cpu().numpy(), np.uint8(mask.cpu().numpy()), level.numpy(), np.array(some),
+            x_0 = draw(run, args, [(i,) for i in some], 'image', args.steps, mask, level, lambda i, t, x_t, x_0: start or start.append(x_t.cpu()))
+            parts.append((start[0].numpy(), x_0.cpu().numpy(), np.uint8(mask.cpu().numpy()), level.numpy(), np.array(some),
                           np.array([a[0] for a in about])))
         buffer = io.BytesIO()
         np.savez(buffer, **dict(zip(('noise', 'image', 'mask', 'level', 'index', 'source'), map(np.concatenate, zip(*parts)))))
@@ -260,15 +281,15 @@ def read_requests(args, run):
     return out
 
 
-def draw(run, args, numbers_, what, steps, mask=None, level=None, callback=None, requests=None, trace=None):
-    """x_0 (B,C,...) in the process's space and range for the images of these numbers. Each has a generator of its own, so that its
-    noise is the same bits whatever shares its batch. trace: gets the steps of --sampler adaptive."""
+def draw(run, args, keys, what, steps, mask=None, level=None, callback=None, requests=None, trace=None):
+    """x_0 (B,C,...) in the process's space and range for images of these keys: (i,) for image i, (i, j) for its candidate j > 0. Each has
+    a generator of its own, so that its noise is the same bits whatever shares its batch. trace: gets the steps of --sampler adaptive."""
     name, ts, clip = solver(run, args, steps)
     device, weight = next(run.net.parameters()).device, args.cfg if what == 'image' else args.seg_cfg
-    sources = [generator(args.seed, what, i) for i in numbers_]
+    sources = [generator(args.seed, what, *key) for key in keys]
     noise = lambda: torch.stack([torch.randn(run.process.space.shape(run.args.size), generator=g) for g in sources]).to(device)
     extra = level[:, None].to(device) if run.args.slice_level else None
-    null = [None] * len(numbers_)
+    null = [None] * len(keys)
     context = lesion_tokens(requests or null).to(device) if run.args.controllable else None
     mask = None if mask is None else mask_condition(mask, run.args.p_uncond)
     guidance = None if weight == 1 else Guidance(weight, args.cfg_interval, args.cfg_rescale, None if mask is None else torch.zeros_like(mask),
@@ -279,87 +300,213 @@ def draw(run, args, numbers_, what, steps, mask=None, level=None, callback=None,
 
 
 class Masks:
-    """Mask number i, its slice level and where it comes from: (S,S) uint8, level, source patient, condition."""
+    """Mask number i, its slice level and where it comes from: (S,S) uint8, level, source patient, condition, spacing.
+
+    groups: lists of masks, each used in turn: one, or with --per-patient (which sets --n) one for each patient.
+    """
 
     def __init__(self, args, size, box):
-        self.args, self.items = args, []
+        self.args, items = args, []
         if args.data:
             data = load_slices(args.data, size, ('bravo',), box, args.split, args.cache)
             rows = data.rows(args.part, args.empty_slices, args.seed)
             rows = rows[torch.randperm(len(rows), generator=generator(args.seed, 'order')).numpy()]
-            self.items = [(data.masks[r, 0], data.table[r]['level'], data.table[r]['source'] or data.table[r]['patient'],
-                           f'{data.table[r]["folder"]}:{data.table[r]["z"]}', data.table[r]['spacing']) for r in rows]
+            items = [(data.masks[r, 0], data.table[r]['level'], data.table[r]['source'] or data.table[r]['patient'],
+                      f'{data.table[r]["folder"]}:{data.table[r]["z"]}', data.table[r]['spacing']) for r in rows]
         elif args.masks:
             for p in find_patients([args.masks], ('seg',)):
                 volume, spacing = read_nifti(p['files']['seg'])
                 for z, m in enumerate(volume > 0):
                     pixel = [n * s / size for n, s in zip(m.shape, spacing[1:])]
                     m = m.astype(np.uint8) if m.shape == (size, size) else shrink_mask(m, size, 1.0, 0)[0]
-                    self.items.append((m, None, p['source'] if p['synthetic'] else p['name'], f'{p["folder"].name}:{z}', pixel))
-        if not self.items and not args.seg:
+                    items.append((m, None, p['source'] if p['synthetic'] else p['name'], f'{p["folder"].name}:{z}', pixel))
+        if not items and not args.seg:
             fail(f'{args.masks or args.part + " part of " + " ".join(args.data)}: holds no mask to use')
+        self.groups = [items]
+        if args.per_patient:
+            names = sorted({item[2] for item in items})
+            self.groups = [[item for item in items if item[2] == name] for name in names]
+            args.n = args.per_patient * len(names)
+            out = {r['source'] or r['patient'] for r, part in zip(data.table, data.part) if part == args.part} - {*names}
+            print0(f'{args.per_patient} images for each of {len(names)} patients' + (f'; left out {len(out)} without a mask to use' if out else ''))
 
     def __getitem__(self, i):
-        mask, level, source, condition, spacing = self.items[i % len(self.items)]
-        return mask, self.level(i) if level is None or self.args.slice_level is not None else level, source, condition, spacing
+        turn, group = divmod(i, len(self.groups))
+        mask, level, *about = self.groups[group][turn % len(self.groups[group])]
+        return mask, self.level(i) if level is None or self.args.slice_level is not None else level, *about
 
     def level(self, i):
         """The level asked for, or one drawn for image i."""
         return self.args.slice_level if self.args.slice_level is not None else float(torch.rand((), generator=generator(self.args.seed, 'level', i)))
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# What is kept. A patient has rounds of --best-of candidates; the best of a round is kept if it may be, else there is another
+# round. Candidate 0 is what plain sampling draws, so a gate that lets all pass changes nothing.
+# ---------------------------------------------------------------------------------------------------------------------
 HEADER = ['folder', 'index', 'seed', 'condition', 'source_patient', 'level', 'tumour_pixels', 'sampler', 'steps', 'bravo', 'seg']
+JUDGED = ['candidate', 'p_bad', *CLASSES, 'nearest_train', 'lesions', 'diameters_mm']
+REJECTED = ['index', 'seed', 'condition', 'source_patient', 'tumour_pixels', *JUDGED, 'why']
 
 
-def open_set(args, runs, requests):
-    """Finds what of a half-done set is whole, drops the rest, writes manifest.csv before any image. Returns its rows.
+class Judge:
+    """p(bad) and classes given bad by the detector of --gate; correlation with the nearest training slice for --reject-copies."""
 
-    A folder without a line in the manifest is not part of the set, so that an unfinished one never passes for real data.
+    def __init__(self, args, run, device):
+        self.detector, self.train, self.cut, self.threshold = None, None, math.inf, math.inf
+        self.on, self.device = bool(args.gate or args.reject_copies), device
+        if args.gate:
+            self.detector = load_detector(args.gate, device)
+            if self.detector.part == 'judge':
+                fail(f'--gate {args.gate}: learned from judge patients, so it reports and must not select; give one of training patients')
+            if max(abs(a - b) for a, b in zip(self.detector.box, run.box)) > 0.02:
+                print0(f'note: the detector saw the brain box {self.detector.box}, the image model {run.box}; its verdict may not fit')
+            self.threshold = args.threshold or (math.inf if args.best_of else self.detector.threshold)
+        if args.reject_copies:
+            data = load_slices(args.reject_copies, run.args.size, ('bravo',), run.box, args.split, args.cache)
+            train = data.rows('train')
+            others = np.setdiff1d(np.arange(len(data.table)), train)
+            if min(len(train), len(others)) < 8:
+                fail(f'--reject-copies: {len(train)} slices of training and {len(others)} of other patients; 8 of each are needed, see --split')
+            self.train = data.images[train][:, 0]
+            self.cut = copy_cut(self.train, data.images[others][:, 0])
+
+    def __call__(self, images, masks):
+        """Of images and masks (B,S,S): p(bad), the classes, the correlation; nan where nobody looks."""
+        out = np.full((len(images), 2 + len(CLASSES)), math.nan)
+        if self.detector:
+            x, m = (torch.from_numpy(np.float32(v))[:, None].to(self.device) for v in (images, masks))
+            logits = detector_logits(self.detector, x, m).double().cpu()
+            out[:, 0], out[:, 1:-1] = logits[:, 0].sigmoid(), logits[:, 1:].softmax(1)
+        if self.train is not None:
+            out[:, -1] = correlation(images, self.train).max(1)
+        return out
+
+    def order(self, candidate):
+        return candidate['score'][-1] > self.cut, candidate['score'][0]
+
+    def why(self, score):
+        """Why an image with that score is not kept; '' when it is."""
+        return 'copy' if score[-1] > self.cut else 'distorted' if score[0] >= self.threshold else ''
+
+
+def acceptance(q, tpr, fpr):
+    """Share of draws that a gate lets pass, and share of bad ones among them: q bad draws, tpr of them stopped, fpr of the good ones."""
+    a = q * (1 - tpr) + (1 - q) * (1 - fpr)
+    return a, q * (1 - tpr) / max(a, 1e-12)
+
+
+def bad_share(a, tpr, fpr):
+    """Share of bad draws that an acceptance a speaks of: acceptance() solved for q (Rogan and Gladen 1978)."""
+    return (1 - a - fpr) / (tpr - fpr)
+
+
+def draws_for(n, a):
+    """Draws until n have passed a gate that lets a share a pass: mean and standard deviation (negative binomial)."""
+    return n / a, math.sqrt(n * (1 - a)) / a
+
+
+def mean_of(rows, column, which=lambda r: True):
+    values = [float(r[column]) for r in rows if which(r)]
+    return float(np.mean(values)) if values else math.nan
+
+
+class Set:
+    """The folder --out: manifest.csv, a line for each patient, and rejected.csv, one for each candidate that was not kept.
+
+    Until the end each process adds to files of its own beside them. A folder without a line in the manifest is not part of the
+    set, so that an unfinished one never passes for real data: what of a half-done set is not whole goes first.
     """
-    out = Path(args.out)
-    same = {k: v for k, v in plain(args).items() if k not in ('n', 'batch_size', 'device', 'compile', 'out', 'cache')}
-    last = list(runs.values())[-1]
-    same.update({k: r.hash for k, r in runs.items()}, pixels=last.args.size, box=list(last.box),
-                asked=[[[None if math.isnan(v) else round(float(v), 6) for v in lesion] for lesion in r] for r in requests])
-    note = out / 'sample.json'
-    if note.exists():
-        old = json.loads(note.read_text())
-        changed = [f'{k} {same[k]} (was {old.get(k)})' for k in same if old.get(k) != same[k]]
-        if changed:
-            fail(f'--out {out}: holds a set made otherwise: {", ".join(changed[:3])}; choose another --out')
-    out.mkdir(parents=True, exist_ok=True)
-    rows = {}
-    for file in [out / 'manifest.csv', *out.glob('manifest.part*.csv')]:
-        if file.exists():
-            lines = file.read_text().split('\n')[:-1]                           # a line without its end was cut off by a kill
-            for row in csv.reader(lines[1:] if file.name == 'manifest.csv' else lines):
-                if len(row) == len(HEADER) and (out / row[0]).is_dir():
+
+    def __init__(self, args, runs, requests, judge):
+        self.out, last = Path(args.out), list(runs.values())[-1]
+        self.headers = {'manifest': HEADER + JUDGED, 'rejected': REJECTED} if judge.on else {'manifest': HEADER}
+        same = {k: v for k, v in plain(args).items() if k not in ('n', 'batch_size', 'device', 'compile', 'out', 'cache', 'max_draws', 'rate')}
+        same.update({k: r.hash for k, r in runs.items()}, pixels=last.args.size, box=list(last.box), per_patient=bool(args.per_patient) or None,
+                    gate=judge.detector and judge.detector.hash,
+                    asked=[[[None if math.isnan(v) else round(float(v), 6) for v in lesion] for lesion in r] for r in requests])
+        note = self.out / 'sample.json'
+        if note.exists():
+            old = json.loads(note.read_text())
+            changed = [f'{k} {same[k]} (was {old.get(k)})' for k in same if old.get(k) != same[k]]
+            if changed:
+                fail(f'--out {self.out}: holds a set made otherwise: {", ".join(changed[:3])}; choose another --out')
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.tables = {name: self.read(name) for name in self.headers}
+        if rank() == 0:
+            known = {r[0] for r in self.tables['manifest'].values()}
+            for f in self.out.iterdir():
+                if f.is_dir() and f.name not in known:
+                    shutil.rmtree(f)
+            atomic_write(note, json.dumps(same, indent=1).encode())
+        self.write()
+        self.parts = {name: open(self.out / f'{name}.part{rank()}.csv', 'a', newline='') for name in self.headers}
+
+    def read(self, name):
+        """{key: line} of a table and of its parts. A line without its end was cut off by a kill."""
+        rows = {}
+        for file in [self.out / f'{name}.csv', *sorted(self.out.glob(f'{name}.part*.csv'))]:
+            for row in csv.reader(file.read_text().split('\n')[:-1] if file.exists() else ()):
+                if name == 'manifest' and len(row) == len(self.headers[name]) and (self.out / row[0]).is_dir():
                     rows[int(row[1])] = row
-    if rank() == 0:
-        known = {r[0] for r in rows.values()}
-        for f in out.iterdir():
-            if f.is_dir() and f.name not in known:
-                shutil.rmtree(f)
-        atomic_write(note, json.dumps(same, indent=1).encode())
-        write_csv(out / 'manifest.csv', HEADER, [rows[i] for i in sorted(rows)])
-    barrier()
-    if rank() == 0:
-        for f in out.glob('manifest.part*.csv'):
-            f.unlink()
-    barrier()
-    return rows
+                elif name == 'rejected' and len(row) == len(REJECTED) and row != REJECTED:
+                    rows[int(row[0]), int(row[5])] = row
+        return rows
+
+    def write(self):
+        """Brings the processes' lines together."""
+        barrier()
+        if rank() == 0:
+            for name, rows in self.tables.items():
+                write_csv(self.out / f'{name}.csv', self.headers[name], [rows[k] for k in sorted(rows)])
+        barrier()
+        if rank() == 0:
+            for f in self.out.glob('*.part*.csv'):
+                f.unlink()
+        barrier()
+
+    def add(self, name, row):
+        csv.writer(self.parts[name], lineterminator='\n').writerow(row)
+        self.parts[name].flush()
+
+    def close(self):
+        """The whole tables, of all processes, as lists of dicts."""
+        for f in self.parts.values():
+            f.close()
+        barrier()
+        self.tables = {name: self.read(name) for name in self.headers}
+        self.write()
+        return [[dict(zip(header, self.tables[name][k])) for k in sorted(self.tables[name])] for name, header in self.headers.items()]
 
 
-def close_set(out):
-    """Brings the processes' lines together into manifest.csv. Returns its rows."""
-    rows = {int(r['index']): [r[h] for h in HEADER] for r in read_csv(out / 'manifest.csv')}
-    for file in out.glob('manifest.part*.csv'):
-        rows.update({int(r[1]): r for r in csv.reader(file.read_text().splitlines())})
-    rows = [rows[i] for i in sorted(rows)]
-    write_csv(out / 'manifest.csv', HEADER, rows)
-    for file in out.glob('manifest.part*.csv'):
-        file.unlink()
-    return rows
+def report_choice(args, judge, kept, rejected):
+    """What the choice cost against the formula, and how it moved the lesions: printed, and gate.json."""
+    N, every, why = args.best_of or 1, kept + rejected, Counter(r['why'] for r in rejected)
+    rounds, first = len(kept) + why['copy'] + why['distorted'], (sum(int(r['candidate']) < N for r in kept), len({r['index'] for r in every}))
+    a, between_, known = first[0] / max(first[1], 1), wilson(*first), lambda v: v if v < 2 else None
+    about = dict(kept=len(kept), draws=len(every), why=why, best_of=N, threshold=known(judge.threshold), correlation_cut=known(judge.cut), rounds=rounds,
+                 acceptance=len(kept) / max(rounds, 1), first_rounds=a, first_rounds_95=between_, rounds_formula=draws_for(len(kept), a) if a else None)
+    print0(f'kept {len(kept)} of {len(every)} draws ({", ".join(f"{n} {w}" for w, n in why.items()) or "none rejected"}); of first rounds {a:.3f} '
+           f'[{between_[0]:.3f}, {between_[1]:.3f}] pass')
+    if a:                                                                       # by first rounds, where each mask counts once
+        print0('in {} rounds of {}; from the first ones follow {:.0f} +- {:.0f} (more: some masks are harder)'.format(rounds, N, *about['rounds_formula']))
+    if judge.detector:
+        about.update(detector=judge.detector.hash, p_bad_first=mean_of(every, 'p_bad', lambda r: r['candidate'] == '0'), p_bad_kept=mean_of(kept, 'p_bad'))
+        print0(f'mean p(bad) {about["p_bad_first"]:.4f} of first draws, {about["p_bad_kept"]:.4f} of those kept, by the detector that chose')
+    figures = Path(args.gate or '') / 'metrics.json'
+    if args.gate and not args.threshold and N == 1 and figures.is_file():
+        tpr, fpr = (json.loads(figures.read_text())['detector'][k]['value'] for k in ('bad caught at threshold', 'good flagged at threshold'))
+        q = args.rate if args.rate is not None or tpr <= fpr else min(max(bad_share(a, tpr, fpr), 0.0), 1.0)
+        if q is not None:
+            about['expected'] = dict(zip(('acceptance', 'bad_kept'), acceptance(q, tpr, fpr)), bad_drawn=q, tpr=tpr, fpr=fpr)
+            print0(f'its own test: {tpr:.1%} of bad caught, {fpr:.1%} of good flagged; with {q:.1%} bad draws ({"told" if args.rate is not None else "from the acceptance"}) '
+                   f'{about["expected"]["acceptance"]:.3f} should pass and {about["expected"]["bad_kept"]:.2%} of the kept be bad')
+    for name, rows in (('drawn', every), ('kept', kept)):
+        mm = [float(d) for r in rows for d in r['diameters_mm'].split(';') if d]
+        size, empty = np.percentile(mm or [math.nan], (25, 50, 75)).tolist(), sum(r['lesions'] == '0' for r in rows)
+        about[f'lesions_{name}'] = dict(images=len(rows), count=mean_of(rows, 'lesions'), empty=empty, diameters_mm=size)
+        print0(f'{name:6}{len(rows):6} images, {mean_of(rows, "lesions"):.3f} lesions each, {empty} without; diameter {size[1]:.1f} mm (quartiles {size[0]:.1f}, {size[2]:.1f})')
+    atomic_write(Path(args.out) / 'gate.json', json.dumps(about, indent=1).encode())
 
 
 def keep_steps(wanted, ts, store, space):
@@ -392,11 +539,25 @@ def plot_steps(path, traces, args, guidance):
     print0(f'adaptive: {np.mean(forwards):.1f} forwards an image ({min(forwards):.0f} to {max(forwards):.0f}); look at {path}')
 
 
+def write_item(out, folder, image, mask, spacing, steps):
+    """One patient to disk: image (S,S) or None, mask (S,S), steps of --save-at as lists of t, x_t, x0_hat."""
+    zoom = max(1, 128 // mask.shape[-1])
+    show = mask * 2 - 1 if image is None else image
+    files = {'preview.png': grid_png([[show, outline(show, mask, zoom=zoom)]], zoom=zoom)}
+    if steps:
+        t, x_t, x_0 = zip(*steps)
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, t=np.float32(t), x_t=np.float32(x_t), x0_hat=np.float32(x_0))
+        files |= {'trajectory.npz': buffer.getvalue(), 'trajectory.png': grid_png([x_t, x_0], ['x_t', 'x0_hat'], zoom)}
+    write_patient(out / folder, {} if image is None else {'bravo': image}, mask, spacing, files)
+
+
 @torch.no_grad()
 def main(args):
     # models and masks
     device, out = setup(args), Path(args.out)
-    runs = {k: load_run(getattr(args, k), device, args.dtype, args.weights) for k in ('seg', 'bravo') if getattr(args, k)}
+    weights = {'seg': args.weights, 'bravo': args.weights if args.lora_scale is None else args.lora_scale}
+    runs = {k: load_run(getattr(args, k), device, args.dtype, weights[k]) for k in ('seg', 'bravo') if getattr(args, k)}
     for kind, run in runs.items():
         if run.args.script != kind:
             fail(f'--{kind} {run.path}: is a run of train_{run.args.script}.py')
@@ -405,6 +566,8 @@ def main(args):
         run.model = torch.compile(run.net) if args.compile else run.net
         solver(run, args, args.steps if kind == 'bravo' else args.seg_steps)
     main_run = runs.get('bravo', runs.get('seg'))
+    if args.lora_scale is not None and not getattr(main_run.args, 'lora_rank', 0):
+        fail(f'--lora-scale {args.lora_scale:g}: {main_run.path} is no run of draft.py')
     if len(runs) == 2 and runs['seg'].args.size != main_run.args.size:
         fail(f'--seg draws {runs["seg"].args.size} pixels, --bravo {main_run.args.size}; train both at one --size')
     if len(runs) == 2 and max(abs(a - b) for a, b in zip(runs['seg'].box, main_run.box)) > 0.02:
@@ -414,20 +577,25 @@ def main(args):
         fail(f'--count and --requests: {runs["seg"].path} was trained without --controllable')
     if args.seg and not requests and runs['seg'].args.controllable and not runs['seg'].args.p_uncond:
         fail(f'--seg {runs["seg"].path}: was trained with --controllable and no --p-uncond, so it must be told what to draw; give --count or --requests')
+    judge = Judge(args, main_run, device)
     masks = Masks(args, main_run.args.size, main_run.box)
     name, ts, _ = solver(main_run, args, args.steps if args.bravo else args.seg_steps)
     if args.save_at:
         keep_steps(args.save_at, ts, [], None)                                         # fails now, not after the first batch
 
-    def conditions(ids):
-        """Of the images of these numbers: masks (B,1,S,S) of 0 and 1, levels (B,), and (source patient, condition, spacing) of each."""
+    def conditions(ids, rounds=None):
+        """Of the images of these numbers: masks (B,1,S,S) of 0 and 1, levels (B,), and (source patient, condition, spacing) of each.
+
+        Another round has the same mask, unless a model drew it: then it draws another, for the fault may lie there.
+        """
         if not args.seg:
             picked = [masks[i] for i in ids]
             mask = torch.from_numpy(np.stack([p[0] for p in picked])).float()[:, None].to(device)
             return mask, torch.tensor([p[1] for p in picked]), [p[2:] for p in picked]
         level = torch.tensor([masks.level(i) for i in ids])
         asked = [requests[i % len(requests)] for i in ids] if requests else None
-        drawn = runs['seg'].process.from_range(draw(runs['seg'], args, ids, 'mask', args.seg_steps, level=level, requests=asked))
+        keys = [(i, r) if r else (i,) for i, r in zip(ids, rounds or [0] * len(ids))]
+        drawn = runs['seg'].process.from_range(draw(runs['seg'], args, keys, 'mask', args.seg_steps, level=level, requests=asked))
         told = [f'seg:{runs["seg"].hash}' + (f' request {i % len(requests)}: {len(r)} lesions' if asked else '') for i, r in zip(ids, asked or ids)]
         return (drawn > 0).float(), level, [('', t, runs['seg'].spacing) for t in told]
 
@@ -435,73 +603,91 @@ def main(args):
         ids = list(range(64))
         mask, level, _ = conditions(ids)
         args.sampler = 'euler'
-        return learn_steps(main_run, args, lambda callback, n: draw(main_run, args, ids, 'image', n, mask, level, callback), out)
-    done = open_set(args, runs, requests)
+        return learn_steps(main_run, args, lambda callback, n: draw(main_run, args, [(i,) for i in ids], 'image', n, mask, level, callback), out)
+    made = Set(args, runs, requests, judge)
     if args.pairs:
         return write_pairs(args, main_run, conditions, out)
     guidance = Guidance(args.cfg if args.bravo else args.seg_cfg, args.cfg_interval)
     asked = asked_times(name, ts, main_run.process)
-    told = f'{name} with {len(ts) - 1} steps = {len(asked) + sum(guidance.at(t).item() for t in asked)} forwards an image'
+    told, traces = f'{name} with {len(ts) - 1} steps = {len(asked) + sum(guidance.at(t).item() for t in asked)} forwards an image', []
     if name == 'dpm++2s':
         told += ', some at times that the network was not trained on'
     if name == 'adaptive':
-        told, traces = f'adaptive, {args.pair or "bs23"}, at times that the network was not trained on', []
-    todo = [i for i in range(args.n) if i not in done][rank()::world()]
-    print0(f'{out}: {args.n} patients, {len(done)} there already; {told}')
+        told = f'adaptive, {args.pair or "bs23"}, at times that the network was not trained on'
+    N, cap = args.best_of or 1, (args.max_draws or 20 * (args.best_of or 1)) // (args.best_of or 1)
+    rounds = Counter(r[0] for r in made.tables.get('rejected', {}).values() if r[-1] in ('copy', 'distorted'))
+    todo = [(i, rounds[str(i)]) for i in range(args.n) if i not in made.tables['manifest']]
+    print0(f'{out}: {args.n} patients, {args.n - len(todo)} there already; {told}' + (f'; best of {N}' if N > 1 else '')
+           + (f'; kept where p(bad) < {judge.threshold:.4g}' if judge.threshold < 2 else '') + (f'; a copy above {judge.cut:.4f}' if judge.cut < 2 else ''))
 
-    # batch by batch, image by image to disk
-    stop, clock, made = Stop(), time.perf_counter(), 0
-    part = open(out / f'manifest.part{rank()}.csv', 'a', newline='')
-    bar = progress(total=len(todo), unit='image')
-    for k in range(0, len(todo), args.batch_size):
-        ids = todo[k:k + args.batch_size]
-        mask, level, about = conditions(ids)
-        images, steps = None, []
+    def candidate(c, batch, mask, level, about):
+        """Candidate c of the round of each patient: a list of dicts of its number, image (S,S) or None, steps for --save-at, score, table row."""
+        numbers_, images, steps, trace = [r * N + c for _, r in batch], None, [], []
         if args.bravo:
             callback = keep_steps(args.save_at, ts, steps, main_run.process.space) if args.save_at else None
-            trace = []
-            x_0 = draw(main_run, args, ids, 'image', args.steps, mask, level, callback, None, trace)
+            keys = [(i, n) if n else (i,) for (i, _), n in zip(batch, numbers_)]
+            x_0 = draw(main_run, args, keys, 'image', args.steps, mask, level, callback, None, trace)
             images = main_run.process.from_range(x_0).clamp(-1, 1).cpu().numpy()[:, 0]
-            if name == 'adaptive':
-                traces.append([torch.stack(v) for v in zip(*trace)])
-        mask = mask.cpu().numpy()[:, 0]
-        for j, i in enumerate(ids):
-            source, condition, spacing = about[j]
-            zoom = max(1, 128 // mask.shape[-1])
-            show = mask[j] * 2 - 1 if images is None else images[j]
-            files = {'preview.png': grid_png([[show, outline(show, mask[j], zoom=zoom)]], zoom=zoom)}
-            if steps:
-                final = [(0.0, images[j], images[j])] if 0 in args.save_at else []
-                t, x_t, x_0 = zip(*[(s[0], s[1][j, 0].numpy(), s[2][j, 0].numpy()) for s in steps], *final)
-                buffer = io.BytesIO()
-                np.savez_compressed(buffer, t=np.float32(t), x_t=np.float32(x_t), x0_hat=np.float32(x_0))
-                files |= {'trajectory.npz': buffer.getvalue(), 'trajectory.png': grid_png([x_t, x_0], ['x_t', 'x0_hat'], zoom)}
-            folder = f'syn_{args.seed}_{i:06d}'
-            write_patient(out / folder, {} if images is None else {'bravo': images[j]}, mask[j], spacing, files)
-            csv.writer(part, lineterminator='\n').writerow([folder, i, args.seed, condition, source, f'{float(level[j]):.4f}', int(mask[j].sum()),
-                                                            name, len(ts) - 1, *(runs[r].hash if r in runs else '' for r in ('bravo', 'seg'))])
-            part.flush()
-        made += len(ids)
-        bar.update(len(ids))
+            steps = [(t, x[:, 0].numpy(), x_0[:, 0].numpy()) for t, x, x_0 in steps] + ([(0.0, images, images)] if 0 in (args.save_at or ()) else [])
+            traces.extend([[torch.stack(v) for v in zip(*trace)]] if trace else [])
+        scores, found = judge(images, mask.cpu().numpy()[:, 0]) if judge.on else [None] * len(batch), []
+        for b, n in enumerate(numbers_):
+            new = dict(number=n, image=None if images is None else images[b], steps=[(t, x[b], x_0[b]) for t, x, x_0 in steps], score=scores[b], row=[])
+            if judge.on:
+                mm = lesion_records(mask[b, 0].cpu().numpy())[:, 0] * mask.shape[-1] * sum(about[b][2]) / 2
+                new['row'] = [n, *('' if math.isnan(v) else f'{v:.6f}' for v in scores[b]), len(mm), ';'.join(f'{d:.2f}' for d in mm)]
+            found.append(new)
+        return found
+
+    # batch by batch, image by image to disk
+    stop, clock, seen, kept, shown = Stop(), time.perf_counter(), 0, 0, []
+    queue = deque([(i, r) for i, r in todo if r < cap][rank()::world()])
+    bar = progress(total=len(queue), unit='image')
+    while queue and wilson(kept, seen, 4)[1] >= 0.5 / cap:                                # else it is hopeless
+        batch = [queue.popleft() for _ in range(min(args.batch_size, len(queue)))]
+        mask, level, about = conditions(*zip(*batch))
+        drawn = zip(*[candidate(c, batch, mask, level, about) for c in range(N)])
+        for (i, r), m, z, (source, condition, spacing), mine in zip(batch, mask.cpu().numpy()[:, 0], level.tolist(), about, drawn):
+            best, *lost = sorted(mine, key=judge.order) if judge.on else mine
+            lost, why = [(v, 'not the best') for v in lost], judge.why(best['score']) if judge.on else ''
+            for v, reason in lost + ([(best, why)] if why else []):
+                made.add('rejected', [i, args.seed, condition, source, int(m.sum()), *v['row'], reason])
+            if why:
+                queue.extend([(i, r + 1)] if r + 1 < cap else [])
+                shown.extend([(best['image'], m)] if len(shown) < 16 else [])
+            else:
+                folder = f'syn_{args.seed}_{i:06d}'
+                write_item(out, folder, best['image'], m, spacing, best['steps'])
+                made.add('manifest', [folder, i, args.seed, condition, source, f'{z:.4f}', int(m.sum()), name, len(ts) - 1,
+                                      *(runs[k].hash if k in runs else '' for k in ('bravo', 'seg')), *best['row']])
+                kept += 1
+                bar.update()
+        seen += len(batch)
         if stop.signum:
             print0(f'{out}: stopped by signal {stop.signum}; the same command goes on')
             raise SystemExit(128 + stop.signum)
-    part.close(), bar.close(), stop.restore()
+    bar.close(), stop.restore()
     seconds = time.perf_counter() - clock
-    barrier()
+    rows, *rejected = made.close()
     if rank() == 0:
-        rows = close_set(out)
-        first = [out / r[0] for r in rows[:16]]
+        first = [out / r['folder'] for r in rows[:16]]
         m = [read_nifti(f / 'seg.nii.gz')[0][0] for f in first]
         a = [read_nifti(f / 'bravo.nii.gz')[0][0] for f in first] if args.bravo else [x * 2.0 - 1 for x in m]
-        zoom = max(1, 128 // m[0].shape[-1])
-        pairs = [(x, outline(x, y, zoom=zoom)) for x, y in zip(a, m)]
-        save_grid(out / 'grid.png', [[p[k] for p in pairs[r:r + 8]] for r in range(0, len(pairs), 8) for k in (0, 1)], None, zoom)
-        empty = sum(int(r[6]) == 0 for r in rows)
-        if name == 'adaptive' and args.bravo and made:
+        zoom = max(1, 128 // main_run.args.size)
+        for file, pairs in (('grid.png', list(zip(a, m))), ('rejected.png', shown)):
+            pairs = [(x, outline(x, y, zoom=zoom)) for x, y in pairs]
+            if pairs:
+                save_grid(out / file, [[p[k] for p in pairs[r:r + 8]] for r in range(0, len(pairs), 8) for k in (0, 1)], None, zoom)
+        empty = sum(int(r['tumour_pixels']) == 0 for r in rows)
+        if name == 'adaptive' and args.bravo and kept:
             plot_steps(out / 'steps.png', traces, args, guidance)
-        rate = f'{made * world() / seconds:.2f} images/s, ' if made else ''
+        rate = f'{kept * world() / seconds:.2f} images/s, ' if kept else ''
         print0(f'{out}: {len(rows)} patients ({rate}{empty} without tumour); look at {out}/grid.png')
+        if judge.on:
+            report_choice(args, judge, rows, rejected[0])
+        if len(rows) < args.n:
+            fail(f'{out}: {len(rows)} of {args.n} patients, for the others {cap * N} draws were not enough or too few pass at all; see gate.json and '
+                 'rejected.png. The same command with a larger --max-draws goes on; another --threshold needs another --out', 1)
     barrier()
 
 

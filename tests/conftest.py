@@ -11,12 +11,13 @@ import pytest
 import torch
 
 import common
+import draft
 import sample
 import train_bravo
 import train_seg
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
-SCRIPTS = {'seg': train_seg, 'bravo': train_bravo, 'sample': sample}
+SCRIPTS = {'seg': train_seg, 'bravo': train_bravo, 'sample': sample, 'draft': draft}
 
 
 def pytest_addoption(parser):
@@ -64,7 +65,9 @@ def call(phantom, cache):
     """
     def go(script, out, *flags):
         first = ['--cache', cache, '--out', out, '--device', 'cpu', '--dtype', 'fp32']
-        if script != 'sample':
+        if script == 'draft':
+            first += ['--data', phantom, '--batch-size', 2, '--held-out', 2, '--seeds', 2, '--eval-every', 2, '--steps', 3]
+        elif script != 'sample':
             first += ['--preset', 'tiny', '--data', phantom, '--sample-every', 100]
             first += [] if {'--iters', '--minutes'} & {*flags} else ['--iters', 4]
         SCRIPTS[script].main(SCRIPTS[script].get_args([str(f) for f in (*first, *flags)]))
@@ -80,3 +83,16 @@ def trained(call, tmp_path_factory):
     call('bravo', root / 'bravo', '--rflow', '--lr', 0.01)
     call('bravo', root / 'ddpm', '--steps', 50)
     return root
+
+
+@pytest.fixture(scope='session')
+def detector(tmp_path_factory):
+    """detector(part): makes a file of a detector of 16 x 16 in the format of classifier.py train, with random weights that spread p(bad)."""
+    def make(part='train', name=None, seed=0):
+        torch.manual_seed(common.seed_of('detector', part, seed) % 2 ** 32)
+        net = common.Detector()
+        torch.nn.init.normal_(net.out.weight, 0, 0.3)
+        file = tmp_path_factory.mktemp('detector') / (name or f'{part}.pt')
+        torch.save(dict(best=net.state_dict(), temperature=1.0, threshold=0.5, prior=0.06, box=[0.0, 0.0, 1.0, 1.0], step=1, args=dict(size=16, part=part)), file)
+        return file
+    return make

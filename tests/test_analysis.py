@@ -1,9 +1,12 @@
 """analysis.py on finished runs."""
 import csv
 import json
+import math
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import analysis
 import common
@@ -77,3 +80,211 @@ def test_refused(run, phantom, tmp_path, capsys):
     with pytest.raises(SystemExit) as e:
         analysis.main(analysis.get_args(['compare', str(phantom if run == 'phantom' else run), '--out', str(tmp_path)]))
     assert e.value.code == 2 and 'log.csv' in capsys.readouterr().err
+
+
+# -- patients ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('k, n, low, high', [(0, 10, 0, 0.2775), (3, 3, 0.4385, 1), (5, 20, 0.1119, 0.4687), (0, 100, 0, 0.0370), (6, 100, 0.0278, 0.1248),
+                                             (10, 100, 0.0552, 0.1744)])
+def test_wilson(k, n, low, high):
+    a, b = common.wilson(k, n)
+    assert abs(a - low) < 5e-5 and abs(b - high) < 5e-5
+    assert common.wilson(n - k, n) == pytest.approx((1 - b, 1 - a)) and common.wilson(0, 0) == (0, 1)
+
+
+def test_upper_tail():
+    """Against the sum of exact terms; the sheet's cuts at 8 % and 100 images: 14 alone, 19 for 105 patients."""
+    for n, q in ((10, 0.3), (100, 0.08)):
+        for x in (0, 1, 3, n // 2, n):
+            assert analysis.upper_tail(x, n, q) == pytest.approx(sum(math.comb(n, k) * q ** k * (1 - q) ** (n - k) for k in range(x, n + 1)), rel=1e-9)
+    cut = lambda level: next(x for x in range(101) if analysis.upper_tail(x, 100, 0.08) < level)
+    assert cut(0.05) == 14 and cut(0.05 / 105) == 19
+
+
+def test_tarone():
+    """Equal rates: Z has mean 0 +- 0.1 and deviation 1 +- 0.1. A correlation of 0.02: Z of about 14, and rho finds it."""
+    g = np.random.default_rng(0)
+    z = [analysis.tarone(g.binomial(100, 0.08, 105), np.full(105, 100))[0] for _ in range(2000)]
+    assert abs(np.mean(z)) < 0.1 and abs(np.std(z) - 1) < 0.1
+    a = 0.08 * (1 / 0.02 - 1)
+    p = g.beta(a, a * 0.92 / 0.08, (500, 105))
+    spread = np.array([analysis.tarone(g.binomial(100, row), np.full(105, 100)) for row in p])
+    assert abs(spread[:, 0].mean() - 14) < 2 and abs(spread[:, 1].mean() - 0.02) < 0.002 and (spread[:, 0] > 3).all()
+    assert all(math.isnan(v) for v in analysis.tarone([0, 0], [5, 5]))
+    x, n = np.array([1, 4, 0]), np.array([10, 12, 7])                                              # by hand
+    q = 5 / 29
+    assert analysis.tarone(x, n)[0] == pytest.approx((sum((x - n * q) ** 2) / (q * (1 - q)) - 29) / math.sqrt(2 * (90 + 132 + 42)))
+
+
+def test_holm():
+    p = np.random.default_rng(1).random(50) ** 3
+    corrected = analysis.holm(p)
+    assert (corrected >= p).all() and (np.diff(corrected[np.argsort(p)]) >= 0).all() and corrected.max() <= 1
+    assert analysis.holm([0.01, 0.04, 0.03]).tolist() == pytest.approx([0.03, 0.06, 0.06])
+
+
+@pytest.fixture
+def judged(tmp_path):
+    """A set of 5 patients with 20 images each, of which patient p4 has 12 bad and the others 1; its scores, and answers that say the same."""
+    (tmp_path / 'set').mkdir(), (tmp_path / 'scores').mkdir(), (tmp_path / 'labels').mkdir()
+    (tmp_path / 'set/sample.json').write_text('{}')
+    rows = [(f'syn_0_{i:06d}', f'p{i % 5}', i // 5 < (12 if i % 5 == 4 else 1)) for i in range(100)] + [('syn_0_000100', '', True)]
+    common.write_csv(tmp_path / 'set/manifest.csv', ['folder', 'source_patient'], [r[:2] for r in rows])
+    common.write_csv(tmp_path / 'scores/scores.csv', ['folder', 'z', 'p_bad', *common.CLASSES, 'verdict'],
+                     [[f, 0, 0.5, *[0.1] * 6, 'bad' if b else 'good'] for f, _, b in rows])
+    answer = lambda f, verdict, rater='a', repeat=0: [rater, f'item {f}', str(tmp_path / 'set'), f, verdict, 'boundary' if verdict == 'bad' else '',
+                                                     2 if verdict == 'bad' else '', 1.0, repeat, 'now']
+    said = [answer(rows[0][0], 'unsure')] + [answer(f, 'bad' if b else 'good') for f, _, b in rows]        # the later line of an image counts
+    said += [answer(rows[50][0], 'bad', 'b'), answer(rows[0][0], 'good', 'a', 1)]                          # a tie is left out, a repeat no vote
+    common.write_csv(tmp_path / 'labels/labels.csv', list(common.LABELS), said)
+    return tmp_path
+
+
+@pytest.mark.parametrize('who', ['scores', 'answers'])
+def test_patients(judged, who, capsys):
+    """The one who stands out is found, by scores and by answers; an image without a source, and a tie, are counted and left out."""
+    source = judged / ('scores' if who == 'scores' else 'labels')
+    analysis.main(analysis.get_args(['patients', '--fake', str(judged / 'set'), f'--{who}', str(source), '--out', str(judged / 'out')]))
+    told, rows = capsys.readouterr().out, common.read_csv(judged / 'out/patients.csv')
+    n0 = 20 - (who == 'answers')
+    assert [(r['patient'], r['images'], r['bad']) for r in rows[:2]] == [('p4', '20', '12'), ('p0', str(n0), '1')] and len(rows) == 5
+    assert [float(rows[0][k]) for k in ('low', 'high')] == pytest.approx(common.wilson(12, 20), abs=1e-4)
+    assert float(rows[0]['p']) == pytest.approx(analysis.upper_tail(12, 20, 4.5 / (61 + n0)), rel=0.01) and float(rows[0]['p_holm']) < 1e-6
+    summary = json.loads((judged / 'out/patients.json').read_text())
+    assert summary['stand_out'] == ['p4'] and summary['bad'] == 16 and summary['undecided'] == (who == 'answers') and '1 judged images without a source' in told
+    assert summary['tarone_z'] == pytest.approx(analysis.tarone([12, 1, 1, 1, 1], [20, n0, 20, 20, 20])[0]) and (judged / 'out/patients.png').stat().st_size > 1000
+
+
+# -- taxonomy ---------------------------------------------------------------------------------------------------------
+
+
+def pairs(table):
+    """A square table of two raters as answers (N,2)."""
+    return [(i, j) for i, row in enumerate(table) for j, n in enumerate(row) for _ in range(n)]
+
+
+def both(table):
+    one = np.eye(len(table))[np.array(pairs(table))]
+    return analysis.agreement(one.sum(1), one.mean(0))
+
+
+def test_agreement():
+    """Tables of known kappa, the 10 x 14 example of Fleiss, perfect and independent raters, renamed classes."""
+    k = both([[20, 5], [10, 15]])
+    assert (k['po'], k['pe'], k['kappa']) == pytest.approx((0.70, 0.50, 0.40))
+    k = both([[90, 4], [4, 2]])
+    assert k['po'] == pytest.approx(0.92) and k['kappa'] == pytest.approx(0.2908, abs=5e-5)
+    q = 0.94                                                                                      # AC1 by hand: chance 2 q (1 - q)
+    assert k['ac1'] == pytest.approx((0.92 - 2 * q * (1 - q)) / (1 - 2 * q * (1 - q))) and k['ac1'] > 0.9
+    fleiss = np.array([[0, 0, 0, 0, 14], [0, 2, 6, 4, 2], [0, 0, 3, 5, 6], [0, 3, 9, 2, 0], [2, 2, 8, 1, 1], [7, 7, 0, 0, 0], [3, 2, 6, 3, 0], [2, 5, 3, 2, 2],
+                       [6, 5, 2, 1, 0], [0, 2, 2, 3, 7]])
+    k = analysis.agreement(fleiss)
+    assert (k['po'], k['pe'], k['kappa']) == pytest.approx((0.3780, 0.2128, 0.2099), abs=6e-5)
+    assert analysis.agreement(fleiss[:, [3, 1, 4, 0, 2]]) == pytest.approx(k)
+    assert both(np.diag([5, 3, 2]))['kappa'] == both(np.diag([5, 3, 2]))['ac1'] == 1
+    g = np.random.default_rng(2)
+    free = [analysis.agreement(one.sum(1), one.mean(0))['kappa'] for one in (np.eye(3)[g.choice(3, (100, 2), p=(0.6, 0.3, 0.1))] for _ in range(400))]
+    assert abs(np.mean(free)) < 0.02
+
+
+def test_taxonomy(call, trained, phantom, tmp_path, capsys):
+    """Frequencies (raters of one image share its vote), agreement between two and with oneself, the gallery."""
+    fake = call('sample', tmp_path / 'set', '--bravo', trained / 'bravo', '--data', phantom, '--n', 6, '--steps', 1)
+    say = {0: 'anatomical', 1: 'anatomical', 2: 'artefact', 3: '', 4: '', 5: 'textural'}
+    line = lambda rater, i, c, repeat=0: [rater, f'i{i}', str(fake), f'syn_0_{i:06d}', 'bad' if c else 'good', c, 1 + i % 3 if c else '', 2.0, repeat, 'now']
+    rows = [line('a', i, c) for i, c in say.items()] + [line('b', i, 'boundary' if i == 1 else '' if i == 5 else c) for i, c in say.items()]
+    rows += [line('a', i, say[i], 1) for i in (0, 3)]
+    (tmp_path / 'labels').mkdir()
+    common.write_csv(tmp_path / 'labels/labels.csv', list(common.LABELS), rows)
+    analysis.main(analysis.get_args(['taxonomy', str(tmp_path / 'labels'), '--out', str(tmp_path / 'out'), '--repeats', '50']))
+    table = {r['class']: r for r in common.read_csv(tmp_path / 'out/taxonomy.csv')}
+    assert {c: float(r['images']) for c, r in table.items() if float(r['images'])} == dict(anatomical=1.5, boundary=0.5, artefact=1, textural=1)
+    assert float(table['artefact']['share of bad']) == 0.25 and float(table['artefact']['high']) == pytest.approx(common.wilson(1, 4)[1], abs=1e-3)
+    told = {r['who']: r for r in common.read_csv(tmp_path / 'out/agreement.csv')}
+    assert told.keys() == {'a and b, verdict', 'a and b, class', 'a again, verdict'}
+    assert told['a and b, verdict']['images'] == '6' and float(told['a and b, verdict']['agree']) == pytest.approx(5 / 6, abs=1e-3)
+    assert told['a and b, verdict']['kappa'].startswith(f'{both([[2, 0], [1, 3]])["kappa"]:.3f}') and told['a and b, class']['images'] == '3'
+    assert float(told['a again, verdict']['agree']) == 1 and told['a again, verdict']['AC1'].startswith('1.000')
+    assert '6 images, 12 answers of 2 raters: 5 good, 7 bad' in capsys.readouterr().out and (tmp_path / 'out/gallery.png').stat().st_size > 1000
+
+
+# -- onset ------------------------------------------------------------------------------------------------------------
+
+
+def test_onset_of():
+    above = np.array([[1, 1, 1], [0, 1, 1], [1, 0, 1], [1, 1, 0], [0, 0, 0]], bool)
+    assert analysis.onset_of(above).tolist() == [0, 1, 2, 3, 3]
+
+
+def test_onset(tmp_path, detector, monkeypatch, capsys):
+    """Trajectories of the oracle for N(0, 1) pixels: the distance of x0_hat to the image is t^2/((1-t)^2 + t^2), although every x0_hat
+    at high t is a blur no time is called bad but those where bad ones differ from good ones. Faults: from t = 0.75 on, or at the end only."""
+    ts, n, S, g = [1, 0.75, 0.5, 0.25, 0], 60, 16, common.generator('onset')
+    t = torch.tensor(ts).view(1, -1, 1, 1)
+    x_0 = 0.3 * torch.randn(n, 1, S, S, generator=g)                         # small, so that the bounds -1, 1 cut nothing
+    x_t = (1 - t) * x_0 + t * 0.3 * torch.randn(n, 1, S, S, generator=g)
+    hat = (1 - t) / ((1 - t) ** 2 + t ** 2) * x_t
+    fake, since = tmp_path / 'set', {0: 1, 1: 1, 2: 1, 3: 4, 4: 4, 5: 4, 6: 4}
+    for i in range(n):
+        fault = torch.zeros(5, S, S)
+        if i in since:
+            fault[since[i]:, 0, 0] = 5.0                                     # a bright corner, which only the fake detector minds
+        common.write_patient(fake / f'syn_0_{i:06d}', {}, np.zeros((S, S)), (1, 1))
+        np.savez(fake / f'syn_0_{i:06d}/trajectory.npz', t=np.float32(ts), x_t=x_t[i].numpy(), x0_hat=(hat[i] + fault).numpy())
+    common.write_csv(fake / 'manifest.csv', ['folder', 'source_patient'], [[f'syn_0_{i:06d}', ''] for i in range(n)])
+    (fake / 'sample.json').write_text('{}')
+
+    def logits(d, x, mask):                                                  # blur is worth 3: without the reference all early ones were bad
+        z = 4 * (x[:, 0, 0, 0] > 0.99) + 3 * (x[:, 0, 1:].square().mean((1, 2)) < 0.025) - 2
+        return torch.cat([z[:, None], 5 * F.one_hot((x[:, 0, 0, 0] > 0.99).long(), 6)], 1)
+
+    monkeypatch.setattr(analysis, 'detector_logits', logits)
+    analysis.main(analysis.get_args(['onset', '--fake', str(fake), '--gate', str(detector()), '--out', str(tmp_path / 'out'), '--repeats', '20', '--device', 'cpu']))
+    rows = {float(r['t']): r for r in common.read_csv(tmp_path / 'out/onset.csv')}
+    for at, r in rows.items():
+        assert float(r['distance good']) == pytest.approx(0.09 * at ** 2 / ((1 - at) ** 2 + at ** 2), rel=0.03, abs=1e-6)
+    assert [int(rows[v]['onsets']) for v in (1, 0.75, 0.5, 0.25, 0)] == [0, 3, 0, 0, 4]
+    assert float(rows[0]['auc']) == 1 and float(rows[1]['auc']) == 0.5 and float(rows[0.75]['auc']) == pytest.approx((3 + 4 * 0.5) / 7, abs=1e-3)
+    assert float(rows[0]['textural, bad - good']) > 0.9 and abs(float(rows[1]['textural, bad - good'])) < 1e-3
+    kinds = {r['class']: r for r in common.read_csv(tmp_path / 'out/kinds.csv')}
+    assert kinds['textural'] == dict({'class': 'textural'}, structure='3', detail='4', neither='0')
+    assert '3 are so for good from t >= 0.5 (structure), 4 only below it' in capsys.readouterr().out
+    for name in ('onset.png', 'classes.png', 'trajectories.png'):
+        assert (tmp_path / 'out' / name).stat().st_size > 500
+
+
+def test_onset_of_a_set(call, trained, phantom, detector, tmp_path):
+    """On what sample.py --save-at leaves, with people's answers for the end."""
+    fake = call('sample', tmp_path / 'set', '--bravo', trained / 'bravo', '--data', phantom, '--n', 30, '--steps', 4, '--save-at', '1,.5,0')
+    (tmp_path / 'labels').mkdir()
+    common.write_csv(tmp_path / 'labels/labels.csv', list(common.LABELS), [
+        ['a', f'i{i}', str(fake), f'syn_0_{i:06d}', 'bad' if i < 4 else 'good', 'textural' if i < 4 else '', 1 if i < 4 else '', 1, 0, 'now'] for i in range(29)])
+    analysis.main(analysis.get_args(['onset', '--fake', str(fake), '--gate', str(detector()), '--answers', str(tmp_path / 'labels'), '--out', str(tmp_path / 'out'),
+                                     '--early', '0.7', '--device', 'cpu', '--repeats', '20']))
+    rows = common.read_csv(tmp_path / 'out/onset.csv')
+    assert [float(r['t']) for r in rows] == [1, 0.5, 0] and float(rows[-1]['distance bad']) == 0 < float(rows[0]['distance bad'])
+    assert sum(int(r['onsets']) for r in rows) <= 4
+
+
+ANALYSIS = [
+    ('patients --fake {d}/set', '--scores --answers one of them'), ('patients --fake {d}/set --scores {d}/scores --answers {d}/labels', 'one of them'),
+    ('patients --fake none --scores {d}/scores', '--fake none sample.json'), ('patients --fake {d}/set --scores {d}/labels', '--scores labels scores.csv'),
+    ('patients --fake {d}/set --answers {d}/scores', '--answers scores labels.csv'), ('taxonomy none', '--answers none labels.csv'),
+    ('taxonomy {d}/empty', '--answers empty no answer'), ('taxonomy {d}/wrong', "'awful' good, bad, unsure"), ('taxonomy {d}/columns', 'other columns rater,item'),
+    ('onset --fake {d}/set --gate none', 'none no such run folder'), ('onset --fake {d}/set --gate {gate} --answers {d}/labels --threshold 0.5', '--threshold 0.5 --answers'),
+    ('onset --fake {d}/set --gate {gate}', 'trajectory.npz --save-at'), ('onset --fake {d}/set --gate {gate} --threshold 0', "--threshold '0' above 0"),
+    ('taxonomy {d}/labels --repeats 3', "--repeats '3' at least 20"), ('onset --fake {d}/set --gate {gate} --early 2', "--early '2' at most 1"),
+]
+
+
+@pytest.mark.parametrize('flags, words', ANALYSIS, ids=[f for f, _ in ANALYSIS])
+def test_others_refused(judged, detector, tmp_path, capsys, flags, words):
+    header = ','.join(common.LABELS) + '\n'
+    for name, text in (('empty', header), ('wrong', header + 'a,i,s,f,awful,,,1,0,now\n'), ('columns', 'a,b\n1,2\n')):
+        (judged / name).mkdir()
+        (judged / name / 'labels.csv').write_text(text)
+    with pytest.raises(SystemExit) as e:
+        analysis.main(analysis.get_args([*flags.format(d=judged, gate=detector()).split(), '--out', str(tmp_path / 'out')]))
+    err = capsys.readouterr().err.splitlines()
+    assert e.value.code == 2 and len(err) == 1 and all(w in err[0] for w in words.split()), err

@@ -216,13 +216,35 @@ SAMPLE = [
     ('--bravo {trained}/bravo --data {phantom} --shift 0', "--shift '0' above 0"),
     ('--seg {trained}/seg --empty-slices 0', '--empty-slices 0.0 without --data'),
     ('--bravo {trained}/bravo --data {phantom} --seg-steps 3', '--seg-steps 3 without --seg'),
+    ('--bravo {trained}/bravo --data {phantom} --threshold 0.5', '--threshold 0.5 without --gate'),
+    ('--bravo {trained}/bravo --data {phantom} --best-of 4', '--best-of 4 without --gate'),
+    ('--bravo {trained}/bravo --data {phantom} --rate 0.06', '--rate 0.06 without --gate'),
+    ('--bravo {trained}/bravo --data {phantom} --max-draws 9', '--max-draws 9 without --reject-copies'),
+    ('--bravo {trained}/bravo --data {phantom} --gate {detector} --threshold 0', "--threshold '0' above 0"),
+    ('--bravo {trained}/bravo --data {phantom} --gate {detector} --best-of 4 --max-draws 3', '--max-draws 3 less --best-of 4'),
+    ('--bravo {trained}/bravo --data {phantom} --gate {detector} --learn-steps 4', '--gate leave --learn-steps'),
+    ('--bravo {trained}/bravo --data {phantom} --gate {detector} --pairs', '--gate leave --pairs'),
+    ('--bravo {trained}/bravo --data {phantom} --gate none', '--gate none no such run folder'),
+    ('--bravo {trained}/bravo --data {phantom} --gate {trained}/bravo', 'bravo not a detector classifier.py train'),
+    ('--bravo {trained}/bravo --data {phantom} --gate {judge}', '--gate judge reports select training'),
+    ('--seg {trained}/seg --gate {detector}', '--gate without --bravo'),
+    ('--seg {trained}/seg --reject-copies {phantom}', '--reject-copies without --bravo'),
+    ('--bravo {trained}/bravo --data {phantom} --reject-copies none', '--data none no such folder'),
+    ('--bravo {trained}/bravo --data {phantom} --reject-copies {phantom} --split {files}/one.csv', '--split one.csv phantom_0_001 add it'),
+    ('--bravo {trained}/bravo --data {phantom} --per-patient 0', "--per-patient '0' at least 1"),
+    ('--bravo {trained}/bravo --data {phantom} --per-patient 3 --n 4', '--n --per-patient give one'),
+    ('--seg {trained}/seg --per-patient 3', '--per-patient 3 without --data'),
+    ('--bravo {trained}/bravo --data {phantom} --lora-scale 0.5', '--lora-scale 0.5 no run of draft.py'),
+    ('--bravo {trained}/bravo --data {phantom} --lora-scale 2', "--lora-scale '2' at most 1"),
+    ('--bravo {trained}/bravo --data {phantom} --lora-scale 0 --weights raw', '--weights raw --lora-scale'),
+    ('--seg {trained}/seg --lora-scale 0.5', '--lora-scale 0.5 without --bravo'),
 ]
 
 
 @pytest.mark.parametrize('flags, words', SAMPLE, ids=[f for f, _ in SAMPLE])
-def test_sampling_refuses(call, trained, phantom, files, tmp_path, capsys, flags, words):
+def test_sampling_refuses(call, trained, phantom, files, detector, tmp_path, capsys, flags, words):
     """And leaves no folder of a patient, nor anything in a folder that is not its own."""
-    given = flags.format(trained=trained, phantom=phantom, files=files).split()
+    given = flags.format(trained=trained, phantom=phantom, files=files, detector=detector(), judge=detector('judge')).split()
     refused(capsys, words.split(), call, 'sample', tmp_path / 'out', *given)
     assert not list((tmp_path / 'out').glob('syn_*')) and [f.name for f in (files / 'full').iterdir()] == ['thesis.txt']
 
@@ -303,7 +325,51 @@ def test_labelling_the_same_folder_twice_or_changed_images_is_refused(phantom, c
     refused(capsys, ['--out', 'changed', 'another --out'], go)
 
 
-@pytest.mark.parametrize('script', ['seg', 'bravo', 'sample'])
+DRAFT = [
+    ('--lv 2 --k 3', '--lv 2 --k 3 last step'),
+    ('--k 0', "--k '0' at least 1"),
+    ('--k 4', '--k 4 3 solver steps'),
+    ('--steps 60 --bravo {trained}/ddpm', '--steps 60 grid of 50'),
+    ('--sampler adaptive', "--sampler 'adaptive'"),
+    ('--bravo none', '--bravo none no such run folder'),
+    ('--bravo {trained}/seg', '--bravo seg train_seg.py'),
+    ('--reward none', '--reward none no such run folder'),
+    ('--reward {trained}/bravo', 'bravo not a detector'),
+    ('--reward {judge}', '--reward judge reports select training'),
+    ('--data none', '--data none no such folder'),
+    ('--split {files}/trains.csv', '--data 0 val --split'),
+    ('--lr 0', "--lr '0' above 0"),
+    ('--rank 0', "--rank '0' at least 1"),
+    ('--alpha 0', "--alpha '0' above 0"),
+    ('--penalty -1', "--penalty '-1' at least 0"),
+    ('--held-out 1', "--held-out '1' at least 2"),
+    ('--seeds 1', "--seeds '1' at least 2"),
+    ('--out {files}/notes.txt', '--out notes.txt is a file'),
+]
+
+
+@pytest.mark.parametrize('flags, words', DRAFT, ids=[f for f, _ in DRAFT])
+def test_draft_refuses(call, trained, phantom, files, detector, tmp_path, capsys, flags, words):
+    (files / 'trains.csv').write_text('patient,part\n' + ''.join(f'{p.name},train\n' for p in phantom.iterdir()))
+    given = flags.format(trained=trained, files=files, judge=detector('judge')).split()
+    refused(capsys, words.split(), call, 'draft', tmp_path / 'out', '--bravo', trained / 'bravo', '--reward', detector(), *given)
+    assert not list((tmp_path / 'out').glob('*.pt*'))
+
+
+@pytest.mark.parametrize('flags, words', [('--lr 0.1', '--lr 0.1 (was 0.001)'), ('--k 2', '--k 2'), ('--rank 4', '--rank 4 (was 8)'), ('--bravo {trained}/ddpm', '--bravo another --out')],
+                         ids=str)
+def test_going_on_with_another_draft_is_refused(call, trained, detector, tmp_path_factory, capsys, flags, words):
+    given = ['--bravo', trained / 'bravo', '--reward', detector(), '--iters', 1]
+    out = tmp_path_factory.getbasetemp() / 'drafted'
+    if not out.exists():
+        call('draft', out, *given)
+    before = (out / 'ckpt.pt').read_bytes()
+    refused(capsys, words.split(), call, 'draft', out, *given, *flags.format(trained=trained).split())
+    refused(capsys, ['--draft', 'another --out'], call, 'bravo', out, '--rflow', '--lr', 0.01)
+    assert before == (out / 'ckpt.pt').read_bytes()
+
+
+@pytest.mark.parametrize('script', ['seg', 'bravo', 'sample', 'draft'])
 def test_help(call, tmp_path, capsys, script):
     with pytest.raises(SystemExit) as e:
         call(script, tmp_path, '--help')
