@@ -639,9 +639,12 @@ async function show(n) {
   for (const [id, on] of [['ask', n.ask], ['left', n.item], ['side', n.item], ['end', n.text]]) $(id).classList.toggle('gone', !on)
   if (n.ask) return $('name').focus()
   s = n; rater = n.rater; location.hash = encodeURIComponent(rater)
-  $('who').textContent = rater; $('bar').max = n.total; $('bar').value = n.done; $('count').textContent = n.done + ' of ' + n.total
-  choose(null)
-  if (n.text) return $('text').textContent = n.text
+  $('who').textContent = rater; choose(null)
+  if (n.text) $('text').textContent = n.text
+  else await picture(n)                                   // only then is it counted, and keys work again
+  $('bar').max = n.total; $('bar').value = n.done; $('count').textContent = n.done + ' of ' + n.total
+}
+async function picture(n) {
   const next = new Image()
   next.src = 'image/' + n.item + '.png'; await next.decode()
   next.id = 'img'; next.style.imageRendering = $('img').style.imageRendering; $('img').replaceWith(next)
@@ -808,7 +811,7 @@ def faulty(data, rows, which, seed):
 def logits_of(predict, images, masks, device):
     """predict(images, masks) for N images (N,1,S,S) and masks in parts of 64: logits (N,7), numpy, fp64."""
     parts = (slice(i, i + 64) for i in range(0, len(images), 64))
-    copy_ = lambda a: torch.from_numpy(np.array(a, np.float32)).to(device)
+    copy_ = lambda a: torch.tensor(np.asarray(a), dtype=torch.float32, device=device)
     return np.concatenate([predict(copy_(images[p]), copy_(masks[p])).double().cpu().numpy() for p in parts])
 
 
@@ -1022,7 +1025,7 @@ def score(args):
         [t['folder'], t['z'], f'{a:.6f}', *(f'{c:.4f}' for c in b), 'bad' if a >= threshold else 'good'] for t, a, b in zip(data.table, p, of)])
     order, zoom = np.argsort(p, kind='stable'), max(1, 128 // detector.args.size)
     show = [[outline(data.images[i, 0], data.masks[i, 0], zoom=zoom) for i in part] for part in (order[:8], order[8:16], order[-16:-8], order[-8:]) if len(part)]
-    save_grid(out / 'best_worst.png', show, [f'{name}' for name in ('best', '', '', 'worst')][:len(show)])
+    save_grid(out / 'best_worst.png', show, ['best', '', '', 'worst'][:len(show)])
     print0(f'{out}/scores.csv: {len(p)} slices, {(p >= threshold).mean():.1%} bad at threshold {threshold:.3f}, mean p(bad) {p.mean():.3f} (it assumes '
            f'{args.prior or detector.prior:.0%} bad); detector {detector.hash} ({detector.part} patients); look at {out}/best_worst.png')
 

@@ -63,7 +63,7 @@ def test_corruption_of_an_image_without_tumour_or_head(family):
 
 
 def test_a_conditioning_fault_takes_the_tumour_from_its_mask():
-    """'gone' and 'elsewhere' bring the inside of the mask to what is around it; what is far from both places stays."""
+    """'gone' and 'elsewhere' bring the inside of the mask to what is around it; 'elsewhere' and 'another' light up another place."""
     y, x = torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing='ij')
     image = torch.where((y - 32).square() + (x - 32).square() < 28 ** 2, 0.0, -1.0)
     mask = ((y - 32).square() + (x - 24).square() < 16).float()
@@ -73,7 +73,7 @@ def test_a_conditioning_fault_takes_the_tumour_from_its_mask():
         if kind in ('gone', 'elsewhere'):
             assert made[mask > 0].mean() < 0.15
         if kind in ('elsewhere', 'another'):
-            assert (made - image)[mask == 0].max() > 0.4
+            assert (made - image)[mask == 0].max() > 0.25
 
 
 def test_checkerboard_has_its_energy_at_the_highest_frequency():
