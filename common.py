@@ -1640,11 +1640,12 @@ def fit_pruned(net, weights):
 
 
 def prune(net, process, args, x_0, mask=None, context=None, extra=None):
-    """Drops a share --prune of the parameters, of those that matter least, in place. What follows trains the rest on.
+    """Drops a share --prune of the weights, or of the inner channels, that matter least, in place. What follows trains the rest on.
 
     magnitude: |w|. taylor: |w dL/dw|, the loss summed over 20 times with one noise, without those whose loss is below 5 % of the largest
     (Fang 2023, Diff-Pruning, 2305.10924, eq. 8; as a mask, since the loss of v is large at both ends). weights: the smallest become
-    zero. channels: whole norm groups inside the residual blocks go, by the mean over what hangs on them, until the share is reached.
+    zero. channels: of every residual block the share of its inner channels, rounded up to whole norm groups: those with the smallest
+    mean over all that hangs on them.
     """
     if args.prune_by == 'taylor':
         noise, ts = torch.randn(x_0.shape, generator=generator('prune')).to(x_0.device), process.times(min(20, args.steps or 20))[:-1].to(x_0.device)
@@ -1663,27 +1664,17 @@ def prune(net, process, args, x_0, mask=None, context=None, extra=None):
                 m.weight *= score(m.weight) > cut
                 dropped += int((m.weight == 0).sum())
         else:
-            groups, left = [], {}
-            for name, b in net.named_modules():
-                if isinstance(b, ResBlock):
-                    n = left[name] = b.norm2.num_groups
-                    rows = [score(p).reshape(n, -1) for p in (b.conv1.weight, b.conv1.bias, b.time.weight, b.time.bias, b.norm2.weight, b.norm2.bias)]
-                    rows = torch.cat([*rows, score(b.conv2.weight).transpose(0, 1).reshape(n, -1)], 1)
-                    groups += [(float(v), name, i, rows.shape[1]) for i, v in enumerate(rows.mean(1))]
-            gone = {name: set() for name in left}
-            for _, name, i, cost in sorted(groups):
-                if dropped < args.prune * total and len(gone[name]) + 1 <= 0.75 * left[name]:
-                    gone[name].add(i)
-                    dropped += cost
-            if dropped < args.prune * total:
-                fail(f'--prune {args.prune:g}: at most {dropped / total:.2f} of this network is inside its residual blocks; ask for less')
-            for name, b in net.named_modules():
-                if gone.get(name):
-                    keep = torch.arange(b.norm2.num_channels).view(left[name], -1)[[i for i in range(left[name]) if i not in gone[name]]]
-                    cut_block(b, keep.flatten())
+            blocks = [m for m in net.modules() if isinstance(m, ResBlock)]
+            for b in blocks:
+                n = b.norm2.num_groups
+                rows = [score(p).reshape(n, -1) for p in (b.conv1.weight, b.conv1.bias, b.time.weight, b.time.bias, b.norm2.weight, b.norm2.bias)]
+                rows = torch.cat([*rows, score(b.conv2.weight).transpose(0, 1).reshape(n, -1)], 1).mean(1)
+                keep = rows.topk(n - min(math.ceil(args.prune * n), n - 1)).indices.sort().values
+                cut_block(b, torch.arange(b.norm2.num_channels).view(n, -1)[keep].flatten())
+            dropped = total - sum(p.numel() for p in net.parameters())
     net.zero_grad(set_to_none=True)
     print0(f'pruned: {dropped} of {total} parameters ({dropped / total:.1%}) by {args.prune_by}, '
-           + ('set to zero' if args.prune_how == 'weights' else f'removed from {sum(map(bool, gone.values()))} of {len(gone)} residual blocks'))
+           + ('set to zero' if args.prune_how == 'weights' else f'removed, from the inside of {len(blocks)} residual blocks'))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2394,7 +2385,7 @@ def train_parser(doc, out):
     g.add_argument('--checkpointing', action='store_true', help='recompute each block in the backward: less memory, a third more time')
     g.add_argument('--sparse24', action='store_true', help='2:4 sparsity: two of four weights are zero, SR-STE training')
     g.add_argument('--dense-tail', type=number(float, 0, 1), default=0.0, metavar='F', help='with --sparse24: the last share of the training is dense')
-    g.add_argument('--prune', type=number(float, 0, 0.9), default=0.0, metavar='R', help='with --init: drop this share of its weights, train on; 0: off')
+    g.add_argument('--prune', type=number(float, 0, 0.9), default=0.0, metavar='R', help='with --init: drop this share of its weights, or of the channels in each residual block, train on; 0: off')
     g.add_argument('--prune-by', choices=('magnitude', 'taylor'), help='what is dropped: the smallest, or what changes the loss least; none: taylor')
     g.add_argument('--prune-how', choices=('weights', 'channels'), help='weights: set to zero; channels: removed, so that it is faster; none: channels')
     g = p.add_argument_group('process')

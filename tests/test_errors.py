@@ -90,7 +90,7 @@ TRAIN = [  # script, flags, words of the line
     ('bravo', '--prune 0.3', '--prune 0.3 --init RUN'),
     ('bravo', '--prune-by taylor', '--prune-by taylor --prune R'),
     ('bravo', '--rflow --init {trained}/bravo --prune 0.3 --sparse24', '--prune --sparse24 give one'),
-    ('bravo', '--rflow --init {trained}/bravo --prune 0.85', '--prune 0.85 ask for less'),
+    ('bravo', '--rflow --init {trained}/bravo --prune 0.95', "--prune '0.95' at most 0.9"),
     ('bravo', '--rflow --model dit --init {trained}/bravo --prune 0.3 --prune-how channels', '--prune-how channels unet weights'),
     ('bravo', '--vae 2 --dtype pure-bf16', '--dtype pure-bf16 autoencoder'),
     ('bravo', '--kahan', '--kahan --dtype pure-bf16'),
