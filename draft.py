@@ -155,7 +155,7 @@ class Watched:
             return x_0, eps, x.new_zeros(())
         with scaled(self.loras, 0.0):
             old_0, old_eps = self.denoise(x, t)
-        return x_0, eps, (eps - x_0 - old_eps + old_0).square().mean()
+        return x_0, eps, ((eps - x_0) - (old_eps - old_0)).square().mean()
 
     def __call__(self, x, t):
         if not torch.is_grad_enabled():
