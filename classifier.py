@@ -935,8 +935,9 @@ def train(args):
         return print0(f'{out}: complete at step {start}; another length needs another --out')
 
     # the best network of the validations: temperature, threshold, figures
-    net.load_state_dict(best)
-    z = logits_of(lambda i, m: net(torch.cat([i, m], 1)), held, held_masks, device)[:, 0]
+    final = copy.deepcopy(ema.net)                                          # in eval mode, unlike net: BatchNorm
+    final.load_state_dict(best)
+    z = logits_of(lambda i, m: final(torch.cat([i, m], 1)), held, held_masks, device)[:, 0]
     temperature = fit_temperature(z, held_bad)
     p = 1 / (1 + np.exp(-z / temperature))
     threshold = threshold_for(p[held_bad > 0], args.target_tpr)
