@@ -231,6 +231,9 @@ def test_resume_is_exact(phantom, cache, tmp_path, monkeypatch):
     for part in ('net', 'ema', 'best'):
         assert all(torch.equal(v, b[part][k]) for k, v in a[part].items())
     assert (tmp_path / 'whole/metrics.csv').read_text() == (tmp_path / 'parts/metrics.csv').read_text()
+    before, _ = (tmp_path / 'parts/metrics.csv').read_text(), (tmp_path / 'parts/metrics.json').unlink()          # killed before the figures
+    run(*first, '--out', tmp_path / 'parts')
+    assert (tmp_path / 'parts/metrics.csv').read_text() == before and common.load_checkpoint(tmp_path / 'parts')['step'] == 4
 
 
 def test_temperature_is_of_the_network_that_is_kept(phantom, cache, tmp_path, monkeypatch):
