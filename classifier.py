@@ -278,7 +278,7 @@ def conditioning(image, mask, s, g):
     free = torch.nonzero(room >= torch.quantile(room, 0.9))              # inside the brain and off the tumour
     py, px = free[int(torch.randint(len(free), (), generator=g))].tolist()
     if kind == 'another':                                                # a bright tumour that nobody asked for
-        radius, value = rand(g, 0.05, 0.09) * S, torch.quantile(image[head > 0], 0.98)
+        radius, value = rand(g, 0.05, 0.09) * S, torch.quantile(image[head > 0], 0.98).clamp(min=float(image[head > 0].median()) + 0.5)
         d = ((y - py).square() + (x - px).square()).sqrt() * (1 + 0.15 * field(S, 8, g))
         spot = torch.sigmoid((radius - d) / (S / 100))
         core = torch.sigmoid((0.55 * radius - d) / (S / 100)) * pick(g, 0, 0.8)          # a ring, or solid
@@ -307,7 +307,7 @@ def corrupt_image(image, mask, family, severity, *seed):
     out, kind = FAMILIES[family](image, mask.float(), severity / 3, generator('corrupt', family, *seed))
     return out.clamp(-1, 1), kind
 
-def example(size=96):
+def example(size=72):
     """A phantom slice with a tumour: image (S,S) in [-1,1], mask (S,S)."""
     _, post, seg, _ = phantom_patient(generator('phantom', 0, 1), 9, size)
     z = int(seg[3:7].sum((1, 2)).argmax()) + 3
@@ -325,7 +325,7 @@ def corrupt(args):
     rows = np.sort(rows[torch.randperm(len(rows), generator=generator(args.seed, 'slices')).numpy()[:args.n]])
     faults = [('', 0.0), *((f, s) for f in CLASSES for s in args.severities if s)]
     names = torch.randperm(len(rows) * len(faults), generator=generator(args.seed, 'names')).tolist()       # that say nothing about what is inside
-    manifest, labels, bar = [], [], progress(total=len(names), desc='corrupt')
+    manifest, labels, bar = [], [], progress(None, 'corrupt', total=len(names))
     for i, row in enumerate(rows):
         image, mask, t = torch.tensor(data.images[row, 0]), torch.tensor(data.masks[row, 0]), data.table[row]
         for k, (family, severity) in enumerate(faults):
@@ -455,7 +455,7 @@ def strip(family, image, mask):
     """Three faults of a family, slight, clear and gross, each of another kind and the plainest of some seeds: PNG."""
     pictures, kinds = [], set()
     for severity in (1, 2, 3):
-        made = [corrupt_image(image, mask, family, severity, 'example', seed) for seed in range(24)]
+        made = [corrupt_image(image, mask, family, severity, 'example', seed) for seed in range(12)]
         plain, kind = max((m for m in made if m[1] not in kinds), key=lambda m: float((m[0] - image).abs().mean()))
         kinds.add(kind)
         pictures.append(outline(plain, mask * (family == 'conditioning')))
@@ -589,9 +589,9 @@ main{flex:1;min-height:0;display:flex}#left{flex:1;min-width:0;display:flex;flex
 #frame{flex:1;min-height:0;aspect-ratio:1;max-width:100%;overflow:hidden;background:#000;position:relative;cursor:zoom-in}
 #stage,#stage>*{position:absolute;inset:0;width:100%;height:100%}path{fill:none;stroke:#ff5a3c;stroke-width:1.5px;vector-effect:non-scaling-stroke}
 #say{min-height:30px;padding:6px;font-weight:600}.bad{color:#ff7a5c}#keys button,.c{cursor:pointer}
-#keys{display:flex;flex-wrap:wrap;gap:6px;justify-content:center}button{background:#2a2a2a;color:#eee;border:1px solid #444;border-radius:6px;padding:6px 12px;font:inherit}
-aside{width:460px;overflow:auto;padding:6px 12px;background:#181818}.c{display:flex;gap:10px;padding:5px;border-radius:6px;border:1px solid transparent;font-size:13px}
-.c img{width:216px;height:72px;object-fit:cover;flex:none}.c b{font-size:14px}.c.on{border-color:#ff7a5c;background:#2a1d1a}kbd{background:#333;border-radius:4px;padding:0 6px;border:1px solid #555}
+#keys{display:flex;flex-wrap:wrap;gap:6px;justify-content:center}button{background:#2a2a2a;color:#eee;border:1px solid #444;border-radius:6px;padding:3px 8px;font:inherit;font-size:13px}
+aside{width:500px;overflow:auto;padding:4px 10px;background:#181818}.c{display:flex;gap:10px;padding:3px;border-radius:6px;border:1px solid transparent;font-size:12px;line-height:1.25}
+.c img{width:222px;height:74px;object-fit:cover;flex:none}.c b{font-size:14px}.c.on{border-color:#ff7a5c;background:#2a1d1a}kbd{background:#333;border-radius:4px;padding:0 6px;border:1px solid #555}
 #ask{margin:auto;text-align:center}input{font:inherit;padding:8px;background:#222;color:#eee;border:1px solid #555}.gone{display:none!important}pre{text-align:left}
 </style>
 <header><span id=who></span><progress id=bar value=0></progress><span id=count></span></header>
@@ -639,9 +639,12 @@ async function show(n) {
   for (const [id, on] of [['ask', n.ask], ['left', n.item], ['side', n.item], ['end', n.text]]) $(id).classList.toggle('gone', !on)
   if (n.ask) return $('name').focus()
   s = n; rater = n.rater; location.hash = encodeURIComponent(rater)
-  $('who').textContent = rater; $('bar').max = n.total; $('bar').value = n.done; $('count').textContent = n.done + ' of ' + n.total
-  choose(null)
-  if (n.text) return $('text').textContent = n.text
+  $('who').textContent = rater; choose(null)
+  if (n.text) $('text').textContent = n.text
+  else await picture(n)                                   // only then is it counted, and keys work again
+  $('bar').max = n.total; $('bar').value = n.done; $('count').textContent = n.done + ' of ' + n.total
+}
+async function picture(n) {
   const next = new Image()
   next.src = 'image/' + n.item + '.png'; await next.decode()
   next.id = 'img'; next.style.imageRendering = $('img').style.imageRendering; $('img').replaceWith(next)
@@ -807,8 +810,9 @@ def faulty(data, rows, which, seed):
 @torch.no_grad()
 def logits_of(predict, images, masks, device):
     """predict(images, masks) for N images (N,1,S,S) and masks in parts of 64: logits (N,7), numpy, fp64."""
-    parts = zip(torch.as_tensor(images).split(64), torch.as_tensor(masks).split(64))
-    return np.concatenate([predict(i.to(device), m.float().to(device)).double().cpu().numpy() for i, m in parts])
+    parts = (slice(i, i + 64) for i in range(0, len(images), 64))
+    copy_ = lambda a: torch.tensor(np.asarray(a), dtype=torch.float32, device=device)
+    return np.concatenate([predict(copy_(images[p]), copy_(masks[p])).double().cpu().numpy() for p in parts])
 
 
 def train(args):
@@ -900,7 +904,7 @@ def train(args):
         args.iters = iters_for(args.minutes, train_step, net, opt, device, args.lr)
     atomic_write(out / 'args.json', json.dumps(plain(args), indent=1).encode())
     log = Log(out / 'log.csv', ['step', 'loss', 'lr', 'grad_norm', 's_per_step', 'val_nll', 'val_auc'], start)
-    stop, recent, clock = Stop(), [], time.perf_counter()
+    stop, recent, clock, done = Stop(), [], time.perf_counter(), start
     bar = progress(range(start, args.iters), initial=start, total=args.iters)
     for step in bar:
         if waited >= args.patience:
@@ -931,14 +935,15 @@ def train(args):
         return print0(f'{out}: complete at step {start}; another length needs another --out')
 
     # the best network of the validations: temperature, threshold, figures
-    net.load_state_dict(best)
-    z = logits_of(lambda i, m: net(torch.cat([i, m], 1)), held, held_masks, device)[:, 0]
+    final = copy.deepcopy(ema.net)                                          # in eval mode, unlike net: BatchNorm
+    final.load_state_dict(best)
+    z = logits_of(lambda i, m: final(torch.cat([i, m], 1)), held, held_masks, device)[:, 0]
     temperature = fit_temperature(z, held_bad)
     p = 1 / (1 + np.exp(-z / temperature))
     threshold = threshold_for(p[held_bad > 0], args.target_tpr)
     print0(f'{out}: best validation NLL {found:.4f}, temperature {temperature:.2f}; threshold {threshold:.3f} catches {(p[held_bad > 0] >= threshold).mean():.1%} '
            f'of the bad validation images and {(p[held_bad == 0] >= threshold).mean():.1%} of the good')
-    save(max(start, done))
+    save(done)
     figures(args, out, data, pools['test'], answers, device)
 
 
@@ -1021,7 +1026,7 @@ def score(args):
         [t['folder'], t['z'], f'{a:.6f}', *(f'{c:.4f}' for c in b), 'bad' if a >= threshold else 'good'] for t, a, b in zip(data.table, p, of)])
     order, zoom = np.argsort(p, kind='stable'), max(1, 128 // detector.args.size)
     show = [[outline(data.images[i, 0], data.masks[i, 0], zoom=zoom) for i in part] for part in (order[:8], order[8:16], order[-16:-8], order[-8:]) if len(part)]
-    save_grid(out / 'best_worst.png', show, [f'{name}' for name in ('best', '', '', 'worst')][:len(show)])
+    save_grid(out / 'best_worst.png', show, ['best', '', '', 'worst'][:len(show)])
     print0(f'{out}/scores.csv: {len(p)} slices, {(p >= threshold).mean():.1%} bad at threshold {threshold:.3f}, mean p(bad) {p.mean():.3f} (it assumes '
            f'{args.prior or detector.prior:.0%} bad); detector {detector.hash} ({detector.part} patients); look at {out}/best_worst.png')
 

@@ -1,7 +1,5 @@
 """Corruptions, calibration, and a detector that learns: closed forms, brute force, resume to the same bits."""
-import csv
 import json
-import shutil
 
 import numpy as np
 import pytest
@@ -9,7 +7,7 @@ import torch
 
 import classifier
 import common
-from classifier import (FAMILIES, auc, auc_interval, checkerboard, corrupt_image, ece, ece_floor, example, fit_temperature, kappa, nll, shift_prior,
+from classifier import (auc, auc_interval, checkerboard, corrupt_image, ece, ece_floor, example, fit_temperature, kappa, nll, shift_prior,
                         threshold_for)
 from common import CLASSES, Detector, detector_logits, load_detector, load_slices, read_csv
 
@@ -65,7 +63,7 @@ def test_corruption_of_an_image_without_tumour_or_head(family):
 
 
 def test_a_conditioning_fault_takes_the_tumour_from_its_mask():
-    """'gone' and 'elsewhere' bring the inside of the mask to what is around it; what is far from both places stays."""
+    """'gone' and 'elsewhere' bring the inside of the mask to what is around it; 'elsewhere' and 'another' light up another place."""
     y, x = torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing='ij')
     image = torch.where((y - 32).square() + (x - 32).square() < 28 ** 2, 0.0, -1.0)
     mask = ((y - 32).square() + (x - 24).square() < 16).float()
@@ -75,7 +73,7 @@ def test_a_conditioning_fault_takes_the_tumour_from_its_mask():
         if kind in ('gone', 'elsewhere'):
             assert made[mask > 0].mean() < 0.15
         if kind in ('elsewhere', 'another'):
-            assert (made - image)[mask == 0].max() > 0.5
+            assert (made - image)[mask == 0].max() > 0.25
 
 
 def test_checkerboard_has_its_energy_at_the_highest_frequency():
@@ -85,7 +83,7 @@ def test_checkerboard_has_its_energy_at_the_highest_frequency():
     assert power[16, 16] < 1e-3 and power.argmax() in [y * 32 + x for y in (8, 24) for x in (8, 24)]
 
 
-def test_swapping_a_flip_of_space_is_not_a_displacement(brain):
+def test_displacement(brain):
     """displaced by 0 is the image; by whole pixels, the image shifted."""
     image, zero = brain[0], torch.zeros(())
     assert torch.allclose(classifier.displaced(image, zero, zero), image, atol=1e-5)
@@ -233,6 +231,20 @@ def test_resume_is_exact(phantom, cache, tmp_path, monkeypatch):
     for part in ('net', 'ema', 'best'):
         assert all(torch.equal(v, b[part][k]) for k, v in a[part].items())
     assert (tmp_path / 'whole/metrics.csv').read_text() == (tmp_path / 'parts/metrics.csv').read_text()
+    before, _ = (tmp_path / 'parts/metrics.csv').read_text(), (tmp_path / 'parts/metrics.json').unlink()          # killed before the figures
+    run(*first, '--out', tmp_path / 'parts')
+    assert (tmp_path / 'parts/metrics.csv').read_text() == before and common.load_checkpoint(tmp_path / 'parts')['step'] == 4
+
+
+def test_temperature_is_of_the_network_that_is_kept(phantom, cache, tmp_path, monkeypatch):
+    """The last fit sees, bit for bit, the logits of the validation that was best (in eval mode), and its T is what is stored."""
+    seen = []
+    monkeypatch.setattr(classifier, 'fit_temperature', lambda z, y: seen.append((z, y)) or fit_temperature(z, y))
+    run('train', '--data', phantom, '--cache', cache, '--out', tmp_path, '--device', 'cpu', *TINY, '--iters', 6)
+    scores = [nll(z / fit_temperature(z, y), y) for z, y in seen]
+    assert len(seen) == 4 and np.array_equal(seen[-1][0], seen[int(np.argmin(scores[:-1]))][0])
+    d, (z, y) = load_detector(tmp_path), seen[-1]
+    assert d.temperature == fit_temperature(z, y) and (1 / (1 + np.exp(-z[y > 0] / d.temperature)) >= d.threshold).mean() >= 0.9
 
 
 def test_the_parts_see_different_patients(phantom, cache, tmp_path, monkeypatch):
@@ -251,15 +263,13 @@ def test_the_parts_see_different_patients(phantom, cache, tmp_path, monkeypatch)
 
 def test_training_on_answers_finds_an_easy_fault(phantom, cache, tmp_path):
     """A set whose bad images have a checkerboard: AUC on the judged images of patients it never saw, above 0.9 after 60 steps."""
-    run('corrupt', '--data', phantom, '--cache', cache, '--out', tmp_path / 'set', '--size', 16, '--n', 60, '--severities', '3', '--part', 'test')
-    shutil.rmtree(tmp_path / 'set')
     data, rows, manifest = load_slices([phantom], 16, cache=cache), [], []
     for i, t in enumerate(data.table):
         for bad in (0, 1):
             image = torch.tensor(data.images[i, 0]) + bad * 0.5 * checkerboard(16, 2)
             common.write_patient(tmp_path / f'set/f_{bad}_{i:03d}', {'bravo': image.clamp(-1, 1).numpy()}, data.masks[i, 0], (1, 1))
             manifest.append([f'f_{bad}_{i:03d}', t['patient']])
-            rows.append(['r', str(i), str(tmp_path / 'set'), f'f_{bad}_{i:03d}', ('good', 'bad')[bad], ('', 'artefact')[bad], ('', 3)[bad], 1, 0, ''])
+            rows.append(['r', f'{bad}-{i}', str(tmp_path / 'set'), f'f_{bad}_{i:03d}', ('good', 'bad')[bad], ('', 'artefact')[bad], ('', 3)[bad], 1, 0, ''])
     common.write_csv(tmp_path / 'set/manifest.csv', ['folder', 'source_patient'], manifest)
     common.write_csv(tmp_path / 'set/labels.csv', common.LABELS, rows)
     run('train', '--data', phantom, '--cache', cache, '--out', tmp_path / 'run', '--device', 'cpu', *TINY, '--iters', 60, '--val-every', 20,

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import classifier
 import common
 from common import find_patients, load_slices, part_of, read_nifti, read_patient
 
@@ -248,7 +249,7 @@ def test_draft_refuses(call, trained, phantom, files, detector, tmp_path, capsys
     assert not list((tmp_path / 'out').glob('*.pt*'))
 
 
-@pytest.mark.parametrize('flags, words', [('--lr 0.1', '--lr 0.1 (was 0.001)'), ('--k 2', '--k 2'), ('--rank 4', '--rank 4 (was 8)'), ('--bravo {trained}/ddpm', '--bravo another --out')],
+@pytest.mark.parametrize('flags, words', [('--lr 0.1', '--lr 0.1 (was 0.0003)'), ('--k 2', '--k 2'), ('--rank 4', '--rank 4 (was 8)'), ('--bravo {trained}/ddpm', '--bravo another --out')],
                          ids=str)
 def test_going_on_with_another_draft_is_refused(call, trained, detector, tmp_path_factory, capsys, flags, words):
     given = ['--bravo', trained / 'bravo', '--reward', detector(), '--iters', 1]
@@ -259,6 +260,82 @@ def test_going_on_with_another_draft_is_refused(call, trained, detector, tmp_pat
     refused(capsys, words.split(), call, 'draft', out, *given, *flags.format(trained=trained).split())
     refused(capsys, ['--draft', 'another --out'], call, 'bravo', out, '--rflow', '--lr', 0.01)
     assert before == (out / 'ckpt.pt').read_bytes()
+
+
+DETECT = [
+    ('', 'COMMAND --help'),
+    ('find', "'find' corrupt"),
+    ('corrupt --data none', '--data none no such folder'),
+    ('corrupt --data {files}/empty', '--data empty bravo, seg'),
+    ('corrupt --data {made}', '--data set neither real --answers'),
+    ('corrupt --data {phantom} --out {files}/full', '--out full not empty'),
+    ('corrupt --data {phantom} --severities 1,4', "--severities '4' at most 3"),
+    ('corrupt --data {phantom} --part all', "--part 'all' train val judge test"),
+    ('corrupt --data {phantom} --split {files}/part.csv', "--split 'training' phantom_0_000"),
+    ('label', '--sets required'),
+    ('label --sets none', '--sets none no such folder'),
+    ('label --sets {files}/empty', 'empty bravo, seg'),
+    ('label --sets {phantom} --rater a,b', "--rater 'a,b' name letters"),
+    ('label --sets {phantom} --rater=-x', "--rater '-x' name letters"),
+    ('label --sets {phantom} --again 2', "--again '2' at most 1"),
+    ('label --sets {phantom} --port 70000', "--port '70000' at most 65535"),
+    ('label --sets {phantom} --out {files}/notes.txt', '--out notes.txt is a file'),
+    ('train --data none', '--data none no such folder'),
+    ('train --data {made}', '--data set neither real --answers'),
+    ('train --data {phantom} --iters 2 --minutes 1', '--iters --minutes give one'),
+    ('train --data {phantom} --answers {files}/empty', '--answers empty labels.csv'),
+    ('train --data {phantom} --answers none', '--answers none no such folder'),
+    ('train --data {phantom} --iters 1 --answers {files}/answers', "--answers answers verdict 'fine' good, bad, unsure"),
+    ('train --data {phantom} --iters 1 --answers {files}/gone', '--answers {files}/nowhere no folder here'),
+    ('train --data {phantom} --iters 1 --answers {files}/silent', '--answers silent no answer'),
+    ('train --data {phantom} --leave-out colour', "--leave-out 'colour' anatomical"),
+    ('train --data {phantom} --leave-out anatomical textural boundary intensity artefact conditioning', '--leave-out no family'),
+    ('train --data {phantom} --target-tpr 0', "--target-tpr '0' above 0"),
+    ('train --data {phantom} --part val', "--part 'val' train judge"),
+    ('train --data {phantom} --iters 1 --split {files}/all.csv', '--data no slice of a val patient --split'),
+    ('train --data {phantom} --iters 1 --out {trained}/seg', '--out train_seg.py another --out'),
+    ('score --detector {trained}/seg', '--data required'),
+    ('score --data {phantom} --detector {trained}/seg', 'seg is not a detector classifier.py train'),
+    ('score --data {phantom} --detector {files}/list.pt', 'list.pt is not a detector'),
+    ('score --data {phantom} --detector {files}/half.pt', 'half.pt unfinished step 3 again'),
+    ('score --data {phantom} --detector {files}/foreign.pt', 'foreign.pt weights do not fit train it again'),
+    ('score --data {phantom} --detector {files}/notes.txt', 'notes.txt loaded safely'),
+    ('score --data {phantom} --detector none', 'none no such run folder'),
+    ('score --data {phantom} --detector {trained}/seg --prior 1', '--prior 1.0 below 1'),
+]
+
+
+@pytest.mark.parametrize('flags, words', DETECT, ids=[f for f, _ in DETECT])
+def test_the_classifier_refuses(trained, phantom, files, cache, tmp_path, capsys, flags, words):
+    made = tmp_path / 'set'
+    shutil.copytree(phantom / 'phantom_0_000', made / 'phantom_0_000')
+    (made / 'manifest.csv').write_text('folder,source_patient\nphantom_0_000,\n')
+    for name, rows in (('answers', f'a,1,{phantom},x,fine,,,1,0,\n'), ('gone', f'a,1,{files}/nowhere,x,good,,,1,0,\n'), ('silent', '')):
+        (files / name).mkdir(exist_ok=True)
+        (files / name / 'labels.csv').write_text(','.join(common.LABELS) + '\n' + rows)
+    (files / 'all.csv').write_text('patient,part\n' + ''.join(f'{p.name},train\n' for p in phantom.iterdir()))
+    whole = dict(best={'a': torch.zeros(1)}, temperature=1.0, threshold=0.5, prior=0.5, box=[0, 0, 1, 1], args=dict(size=16, part='train'), step=3)
+    torch.save(whole, files / 'foreign.pt')
+    torch.save({**whole, 'temperature': None}, files / 'half.pt')
+    given = flags.format(trained=trained, phantom=phantom, files=files, made=made).split()
+    more = ['--out', tmp_path / 'out'] if given and '--out' not in given else []
+    more += ['--cache', cache] if given else []
+    more += ['--size', 16, '--device', 'cpu'] if given and given[0] == 'train' else []
+    refused(capsys, words.format(files=files).split(), lambda: classifier.main(classifier.get_args([*given, *map(str, more)])))
+    assert not list((tmp_path / 'out').glob('*.pt*')) and [f.name for f in (files / 'full').iterdir()] == ['thesis.txt']
+
+
+def test_labelling_the_same_folder_twice_or_changed_images_is_refused(phantom, cache, tmp_path, capsys):
+    import fcntl
+    out = tmp_path / 'out'
+    out.mkdir()
+    go = lambda: classifier.main(classifier.get_args(['label', '--sets', str(phantom), '--size', '16', '--out', str(out), '--cache', str(cache)]))
+    with open(out / 'lock', 'w') as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        refused(capsys, ['--out', 'another classifier.py label'], go)
+    row = load_slices([phantom], 16, cache=cache).table[0]
+    (out / 'items.csv').write_text(f'item,set,folder,z\n{"0" * 16},{row["root"]},{row["folder"]},{row["z"]}\n')
+    refused(capsys, ['--out', 'changed', 'another --out'], go)
 
 
 @pytest.mark.parametrize('script', ['seg', 'bravo', 'sample', 'draft'])
