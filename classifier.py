@@ -904,7 +904,7 @@ def train(args):
         args.iters = iters_for(args.minutes, train_step, net, opt, device, args.lr)
     atomic_write(out / 'args.json', json.dumps(plain(args), indent=1).encode())
     log = Log(out / 'log.csv', ['step', 'loss', 'lr', 'grad_norm', 's_per_step', 'val_nll', 'val_auc'], start)
-    stop, recent, clock = Stop(), [], time.perf_counter()
+    stop, recent, clock, done = Stop(), [], time.perf_counter(), start
     bar = progress(range(start, args.iters), initial=start, total=args.iters)
     for step in bar:
         if waited >= args.patience:
@@ -935,14 +935,15 @@ def train(args):
         return print0(f'{out}: complete at step {start}; another length needs another --out')
 
     # the best network of the validations: temperature, threshold, figures
-    net.load_state_dict(best)
-    z = logits_of(lambda i, m: net(torch.cat([i, m], 1)), held, held_masks, device)[:, 0]
+    final = copy.deepcopy(ema.net)                                          # in eval mode, unlike net: BatchNorm
+    final.load_state_dict(best)
+    z = logits_of(lambda i, m: final(torch.cat([i, m], 1)), held, held_masks, device)[:, 0]
     temperature = fit_temperature(z, held_bad)
     p = 1 / (1 + np.exp(-z / temperature))
     threshold = threshold_for(p[held_bad > 0], args.target_tpr)
     print0(f'{out}: best validation NLL {found:.4f}, temperature {temperature:.2f}; threshold {threshold:.3f} catches {(p[held_bad > 0] >= threshold).mean():.1%} '
            f'of the bad validation images and {(p[held_bad == 0] >= threshold).mean():.1%} of the good')
-    save(max(start, done))
+    save(done)
     figures(args, out, data, pools['test'], answers, device)
 
 

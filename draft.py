@@ -29,13 +29,13 @@ def get_args(argv=None):
     g.add_argument('--steps', type=number(int, 1), help='solver steps; none: 25 for RFlow, 50 for DDPM')
     g.add_argument('--checkpoint', action=argparse.BooleanOptionalAction, help='keep no activations, compute them again (memory for time); none: for --k above 1')
     g.add_argument('--reward-augment', action=argparse.BooleanOptionalAction, default=True, help='flip and shift images before they are judged')
-    g.add_argument('--penalty', type=number(float, 0), default=0.1, help='weight of the squared distance of the velocity to the old model\'s')
+    g.add_argument('--penalty', type=number(float, 0), default=5.0, help='weight of the squared distance of the velocity to the old model\'s')
     g = p.add_argument_group('adapters and training')
     g.add_argument('--rank', type=number(int, 1, 1024), default=8, help='of each adapter')
     g.add_argument('--alpha', type=number(float, 0, open_low=True), help='adapters are added times alpha/rank; none: the rank')
     g.add_argument('--iters', type=number(int, 1), default=100, help='optimiser steps at most')
     g.add_argument('--batch-size', type=number(int, 1), default=8, help='images a step, over all processes')
-    g.add_argument('--lr', type=number(float, 0, open_low=True), default=1e-3, help='learning rate')
+    g.add_argument('--lr', type=number(float, 0, open_low=True), default=3e-4, help='learning rate')
     g.add_argument('--weight-decay', type=number(float, 0), default=0.01, help='of AdamW, on the adapters')
     g.add_argument('--clip', type=number(float, 0, open_low=True), default=1.0, help='gradient norm')
     g.add_argument('--held-out', type=number(int, 2), default=16, help='masks of val patients that judge the progress, and as many for the sweep')
@@ -152,7 +152,7 @@ class Watched:
             return x_0, eps, x.new_zeros(())
         with scaled(self.loras, 0.0):
             old_0, old_eps = self.denoise(x, t)
-        return x_0, eps, (eps - x_0 - old_eps + old_0).square().mean()
+        return x_0, eps, ((eps - x_0) - (old_eps - old_0)).square().mean()
 
     def __call__(self, x, t):
         if not torch.is_grad_enabled():

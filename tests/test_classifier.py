@@ -231,6 +231,20 @@ def test_resume_is_exact(phantom, cache, tmp_path, monkeypatch):
     for part in ('net', 'ema', 'best'):
         assert all(torch.equal(v, b[part][k]) for k, v in a[part].items())
     assert (tmp_path / 'whole/metrics.csv').read_text() == (tmp_path / 'parts/metrics.csv').read_text()
+    before, _ = (tmp_path / 'parts/metrics.csv').read_text(), (tmp_path / 'parts/metrics.json').unlink()          # killed before the figures
+    run(*first, '--out', tmp_path / 'parts')
+    assert (tmp_path / 'parts/metrics.csv').read_text() == before and common.load_checkpoint(tmp_path / 'parts')['step'] == 4
+
+
+def test_temperature_is_of_the_network_that_is_kept(phantom, cache, tmp_path, monkeypatch):
+    """The last fit sees, bit for bit, the logits of the validation that was best (in eval mode), and its T is what is stored."""
+    seen = []
+    monkeypatch.setattr(classifier, 'fit_temperature', lambda z, y: seen.append((z, y)) or fit_temperature(z, y))
+    run('train', '--data', phantom, '--cache', cache, '--out', tmp_path, '--device', 'cpu', *TINY, '--iters', 6)
+    scores = [nll(z / fit_temperature(z, y), y) for z, y in seen]
+    assert len(seen) == 4 and np.array_equal(seen[-1][0], seen[int(np.argmin(scores[:-1]))][0])
+    d, (z, y) = load_detector(tmp_path), seen[-1]
+    assert d.temperature == fit_temperature(z, y) and (1 / (1 + np.exp(-z[y > 0] / d.temperature)) >= d.threshold).mean() >= 0.9
 
 
 def test_the_parts_see_different_patients(phantom, cache, tmp_path, monkeypatch):
