@@ -2664,7 +2664,7 @@ class Curriculum:
 def stage_of(step, args):
     """Which size of --progressive a step trains at, and the stage's first step: as many steps at each. Before the length is
     known the sizes take turns, so that iters_for times them all."""
-    n = len(args.progressive or (0,))
+    n = len(getattr(args, 'progressive', None) or (0,))                      # a detector has one size
     stage = min(step * n // args.iters, n - 1) if args.iters else step % n
     return stage, -(-stage * args.iters // n) if args.iters else 0
 

@@ -249,8 +249,6 @@ def test_sampling_refuses(call, trained, phantom, files, detector, tmp_path, cap
     assert not list((tmp_path / 'out').glob('syn_*')) and [f.name for f in (files / 'full').iterdir()] == ['thesis.txt']
 
 
-<<<<<<< HEAD
-=======
 DRAFT = [
     ('--lv 2 --k 3', '--lv 2 --k 3 last step'),
     ('--k 0', "--k '0' at least 1"),
@@ -295,7 +293,6 @@ def test_going_on_with_another_draft_is_refused(call, trained, detector, tmp_pat
     assert before == (out / 'ckpt.pt').read_bytes()
 
 
->>>>>>> draft
 DETECT = [
     ('', 'COMMAND --help'),
     ('find', "'find' corrupt"),
@@ -372,53 +369,6 @@ def test_labelling_the_same_folder_twice_or_changed_images_is_refused(phantom, c
     refused(capsys, ['--out', 'changed', 'another --out'], go)
 
 
-<<<<<<< HEAD
-DRAFT = [
-    ('--lv 2 --k 3', '--lv 2 --k 3 last step'),
-    ('--k 0', "--k '0' at least 1"),
-    ('--k 4', '--k 4 3 solver steps'),
-    ('--steps 60 --bravo {trained}/ddpm', '--steps 60 grid of 50'),
-    ('--sampler adaptive', "--sampler 'adaptive'"),
-    ('--bravo none', '--bravo none no such run folder'),
-    ('--bravo {trained}/seg', '--bravo seg train_seg.py'),
-    ('--reward none', '--reward none no such run folder'),
-    ('--reward {trained}/bravo', 'bravo not a detector'),
-    ('--reward {judge}', '--reward judge reports select training'),
-    ('--data none', '--data none no such folder'),
-    ('--split {files}/trains.csv', '--data 0 val --split'),
-    ('--lr 0', "--lr '0' above 0"),
-    ('--rank 0', "--rank '0' at least 1"),
-    ('--alpha 0', "--alpha '0' above 0"),
-    ('--penalty -1', "--penalty '-1' at least 0"),
-    ('--held-out 1', "--held-out '1' at least 2"),
-    ('--seeds 1', "--seeds '1' at least 2"),
-    ('--out {files}/notes.txt', '--out notes.txt is a file'),
-]
-
-
-@pytest.mark.parametrize('flags, words', DRAFT, ids=[f for f, _ in DRAFT])
-def test_draft_refuses(call, trained, phantom, files, detector, tmp_path, capsys, flags, words):
-    (files / 'trains.csv').write_text('patient,part\n' + ''.join(f'{p.name},train\n' for p in phantom.iterdir()))
-    given = flags.format(trained=trained, files=files, judge=detector('judge')).split()
-    refused(capsys, words.split(), call, 'draft', tmp_path / 'out', '--bravo', trained / 'bravo', '--reward', detector(), *given)
-    assert not list((tmp_path / 'out').glob('*.pt*'))
-
-
-@pytest.mark.parametrize('flags, words', [('--lr 0.1', '--lr 0.1 (was 0.001)'), ('--k 2', '--k 2'), ('--rank 4', '--rank 4 (was 8)'), ('--bravo {trained}/ddpm', '--bravo another --out')],
-                         ids=str)
-def test_going_on_with_another_draft_is_refused(call, trained, detector, tmp_path_factory, capsys, flags, words):
-    given = ['--bravo', trained / 'bravo', '--reward', detector(), '--iters', 1]
-    out = tmp_path_factory.getbasetemp() / 'drafted'
-    if not out.exists():
-        call('draft', out, *given)
-    before = (out / 'ckpt.pt').read_bytes()
-    refused(capsys, words.split(), call, 'draft', out, *given, *flags.format(trained=trained).split())
-    refused(capsys, ['--draft', 'another --out'], call, 'bravo', out, '--rflow', '--lr', 0.01)
-    assert before == (out / 'ckpt.pt').read_bytes()
-
-
-=======
->>>>>>> draft
 @pytest.mark.parametrize('script', ['seg', 'bravo', 'sample', 'draft'])
 def test_help(call, tmp_path, capsys, script):
     with pytest.raises(SystemExit) as e:
