@@ -371,7 +371,8 @@ def sweep(args, out, loras, judged, masks):
         atomic_write(out / 'sweep.json', json.dumps(dict(scales=table, accepted=[r['scale'] for r in good], use=pick), indent=1).encode())
         scales, unit = [r['scale'] for r in table], lambda k: [r[k] / abs(table[0][k]) for r in table]
         plot(out / 'sweep.png', {'reward': (scales, unit('reward')), '1 - MS-SSIM': (scales, unit('diversity'))}, str(out), 'LoRA scale', 'of the old model')
-        print0(f'use it at scale {pick:g}: python sample.py --bravo {out} --lora-scale {pick:g}' if good else
+        print0(f'scale {pick:g} passes, which a fooled detector passes too: look at {out}/samples_*.png, then let the reporting detector and people judge: '
+               f'python sample.py --bravo {out} --lora-scale {pick:g}' if good else
                'no scale is accepted: the reward did not rise beyond its interval, or diversity fell below 95 %; keep the old model')
 
 
