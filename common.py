@@ -3114,7 +3114,7 @@ class VGG16(nn.Module):
 CLASSES = ('anatomical', 'textural', 'boundary', 'intensity', 'artefact', 'conditioning')       # defined in classifier.py
 LABELS = ('rater', 'item', 'set', 'folder', 'verdict', 'class', 'severity', 'seconds', 'repeat', 'time')
 # labels.csv in a label run: one line an answer. set: the directory, folder: the patient folder in it; verdict: good | bad |
-# unsure; class (of CLASSES) and severity 1 to 3 only where bad; repeat 0 or 1; a later line of a rater, item, repeat wins (undo).
+# unsure; class (of CLASSES, or empty: none of them) and severity 1 to 3 only where bad; repeat 0 or 1; a later line of a rater, item, repeat wins (undo).
 
 
 class Detector(nn.Module):
