@@ -307,6 +307,7 @@ def corrupt_image(image, mask, family, severity, *seed):
     out, kind = FAMILIES[family](image, mask.float(), severity / 3, generator('corrupt', family, *seed))
     return out.clamp(-1, 1), kind
 
+
 def example(size=72):
     """A phantom slice with a tumour: image (S,S) in [-1,1], mask (S,S)."""
     _, post, seg, _ = phantom_patient(generator('phantom', 0, 1), 9, size)
@@ -691,14 +692,6 @@ load(rater ? state() : 'state')
 # ---------------------------------------------------------------------------------------------------------------------
 # Calibration and figures of a detector
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def auc(bad, good):
-    """P(a bad image scores above a good one), ties half (Mann-Whitney). nan without one of either."""
-    if not len(bad) or not len(good):
-        return math.nan
-    good = np.sort(good)
-    return float((np.searchsorted(good, bad, 'left') + np.searchsorted(good, bad, 'right')).mean() / (2 * len(good)))
 
 
 def auc_interval(bad, good, bad_patients, good_patients, repeats, *seed):
