@@ -119,7 +119,7 @@ def compare(args):
             saved.append(f'{key}.png')
         by_t = {n: read_csv(r / 'loss_by_t.csv') for n, r in runs.items() if (r / 'loss_by_t.csv').is_file()}
         if by_t:
-            curve = lambda rows: list(zip(*[(float(r['log_snr_low']) + 0.5, float(r['mean_squared_error'])) for r in rows if r['set'] == 'train' and r['region'] == 'all']))
+            curve = lambda rows: list(zip(*[(float(r['log_snr_low']) + 0.5, float(r['mean_squared_error'])) for r in rows if r['set'] == 'train' and r.get('region', 'all') == 'all']))
             plot(out / 'loss_by_t.png', {n: curve(rows) for n, rows in by_t.items()}, 'training loss by noise', 'log-SNR', 'squared error', logy=True)
             saved.append('loss_by_t.png')
     if sets:
@@ -148,7 +148,7 @@ def timesteps(args):
         targets.add(('RFlow ' if flags['rflow'] else 'DDPM ') + flags['target'])
         rows = [r for r in read_csv(Path(run) / 'loss_by_t.csv') if r['set'] == args.set]
         for region in REGIONS:
-            bins = [(float(r['log_snr_low']) + 0.5, float(r['mean_squared_error']), int(r['count'])) for r in rows if r['region'] == region]
+            bins = [(float(r['log_snr_low']) + 0.5, float(r['mean_squared_error']), int(r['count'])) for r in rows if r.get('region', 'all') == region]
             if not bins:
                 continue
             L, error, count = map(np.array, zip(*bins))

@@ -8,7 +8,7 @@ Read it top to bottom; each section uses only those above it, so a section can b
   4  Networks     attention, residual block, Haar, autoencoder (MAISI's), U-Net (MONAI's DiffusionModelUNet); networks of tokens: DiT,
                   the same with Mamba's scan, MMDiT with two streams, all in 2D and 3D; 2:4 sparsity, pruning; build_net
   5  Processes    Space (pixels, bands, latents); DDPM and RFlow: alpha, sigma, log-SNR, losses, the `denoise` closure
-  6  Samplers     ddpm, ddim, euler, heun, all on that closure
+  6  Samplers     ddpm, ddim, euler, heun, DPM-Solver++, adaptive steps, all on that closure
   7  Measures     Wilson's interval, correlation, MS-SSIM; pictures: grids of slices, line plots (Pillow only)
   8  Training     shared flags and presets, EMA, learning rate, LR finder, run folder, VGG16 features
   9  Detector     finds distorted images: trained by classifier.py, used by whatever rejects, ranks or repairs
@@ -1514,7 +1514,7 @@ class Tokens(nn.Module):
         assert (context is None) == (self.context_dim is None), 'context and context_dim go together'
         with torch.autocast(x.device.type, enabled=False):                                      # what modulates stays in fp32
             c = self.time_embed(time_embedding(1000 * t.float(), 256).to(self.embed.weight.dtype))
-            c = F.silu(c if self.extra_embed is None else c + self.extra_embed(extra))
+            c = F.silu(c if self.extra_embed is None else c + self.extra_embed(extra.to(c.dtype)))
             mods, last = [block.modulation(c) for block in self.blocks], self.ada(c)[:, None].chunk(2, -1)
         grid = tuple(s // self.patch for s in x.shape[2:])
         place = positions(grid, self.width, x.device).to(c.dtype)
@@ -1639,6 +1639,12 @@ def fit_pruned(net, weights):
             cut_block(block, torch.arange(len(weights[key])))
 
 
+def prunable(net):
+    """The linears and convolutions whose single weights may go: all but what reads the input and what writes the output."""
+    ends = {'conv_in', 'embed', 'embed_mask', 'embed_context', 'out', 'out.2'}
+    return [m for n, m in net.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d, nn.Conv3d)) and n not in ends]
+
+
 def prune(net, process, args, x_0, mask=None, context=None, extra=None):
     """Drops a share --prune of the weights, or of the inner channels, that matter least, in place. What follows trains the rest on.
 
@@ -1658,7 +1664,7 @@ def prune(net, process, args, x_0, mask=None, context=None, extra=None):
         score = lambda p: (p * p.grad if args.prune_by == 'taylor' else p).abs()
         total, dropped = sum(p.numel() for p in net.parameters()), 0
         if args.prune_how == 'weights':
-            layers = [m for m in net.modules() if isinstance(m, (nn.Linear, nn.Conv2d, nn.Conv3d))][1:-1]      # not the first, not the last
+            layers = prunable(net)
             cut = torch.cat([score(m.weight).flatten() for m in layers]).kthvalue(round(args.prune * sum(m.weight.numel() for m in layers))).values
             for m in layers:
                 m.weight *= score(m.weight) > cut
@@ -1673,6 +1679,8 @@ def prune(net, process, args, x_0, mask=None, context=None, extra=None):
                 cut_block(b, torch.arange(b.norm2.num_channels).view(n, -1)[keep].flatten())
             dropped = total - sum(p.numel() for p in net.parameters())
     net.zero_grad(set_to_none=True)
+    for p in net.parameters() if world() > 1 else ():                                 # gradients may differ in their last bits
+        dist.broadcast(p.data, 0)
     print0(f'pruned: {dropped} of {total} parameters ({dropped / total:.1%}) by {args.prune_by}, '
            + ('set to zero' if args.prune_how == 'weights' else f'removed, from the inside of {len(blocks)} residual blocks'))
 
@@ -1757,7 +1765,7 @@ class Process:
 
     range = (-1.0, 1.0)                         # of x_0 inside the process; (0, 1) for networks from elsewhere (--init-range)
     density, centre, width, mix = 'uniform', 0.0, 1.0, 0.0     # of training times: see draw_t
-    shift = 1.0                                 # of the sampling times of a network trained with --progressive
+    shift = 1.0                                 # for the sampling times (times, shift A) of a network trained with --progressive
     space = Space()                             # pixels
 
     def to_range(self, x):
@@ -2475,6 +2483,8 @@ def finish_args(args):
     for name in ('schedule_centre', 'schedule_width', 'uniform_mix'):
         if getattr(args, name) is not None and args.schedule not in WIDTHS:
             fail(f'--{name.replace("_", "-")} {getattr(args, name):g}: is of --schedule laplace or cauchy; add one')
+    if args.curriculum == 1:
+        fail('--curriculum 1: one range is all of t; give 2 or more, or leave it away')
     dense = [f'--{k}' for k, on in (('logit-normal', args.logit_normal), ('schedule ' + args.schedule, args.schedule in WIDTHS),
                                     ('curriculum', args.curriculum)) if on]
     if len(dense) > 1:
@@ -2616,7 +2626,7 @@ def build_optimizer(net, args):
                 w -= opt.param_groups[0]['lr'] * SR_STE * (1 - sparse.mask(w)) * (1 - sparse.dense.to(w.dtype)) * w
         opt.register_step_post_hook(decay)
     if args.prune and args.prune_how == 'weights':
-        masks = [(p, p.detach() != 0) for p in net.parameters() if p.ndim > 1]
+        masks = [(m.weight, m.weight.detach() != 0) for m in prunable(net)]
 
         @torch.no_grad()
         def still_zero(*_):                                  # the moments would bring pruned weights back
@@ -2631,7 +2641,7 @@ class Curriculum:
 
     Easy is much noise for eps and v, whose loss there settles first, and little noise for x0. A range is added when the mean loss over
     `check` steps has fallen by less than 1 % since the last check, and after PATIENCE checks at the latest: half the training at most
-    goes by before all t are in. Its state is a list of numbers, kept in the checkpoint.
+    goes by before all t are in, if it has 160 N steps or more. Its state is a list of numbers, kept in the checkpoint.
     """
 
     PATIENCE = 4
@@ -2659,6 +2669,8 @@ class Curriculum:
                 print0(f'curriculum: {ranges} of {self.n} ranges from step {step} on')
             total, count, last = 0.0, 0, mean
         self.state = [ranges, checks, total, count, last]
+        if step == self.args.iters and ranges < self.n:
+            print0(f'note: the curriculum ended at {ranges} of {self.n} ranges; {self.n} need {160 * self.n} steps')
 
 
 def stage_of(step, args):
@@ -2751,7 +2763,7 @@ def iters_for(minutes, train_step, net, opt, device, lr):
 
 
 def dry_run(net, train_step, opt, args):
-    """Prints what a training costs, from two real steps that are undone: parameters, FLOPs, memory, time."""
+    """Prints what a training costs, from real steps that are undone, at each size of --progressive: parameters, FLOPs, memory, time."""
     from torch.utils.flop_counter import FlopCounterMode
     kept, own = {}, {p.untyped_storage().data_ptr() for p in net.parameters()}
 
@@ -2760,20 +2772,24 @@ def dry_run(net, train_step, opt, args):
             kept[v.untyped_storage().data_ptr()] = v.untyped_storage().nbytes()
         return v
 
+    stages = len(args.progressive or (0,))
+    steps = [-(-k * args.iters // stages) if args.iters else k for k in range(stages)]
     with rehearsal(net, opt):
         with FlopCounterMode(display=False) as flops, torch.autograd.graph.saved_tensors_hooks(pack, lambda v: v):
-            float(train_step(0, args.lr)[0])
+            most = 0
+            for step in steps:
+                kept.clear()
+                float(train_step(step, args.lr)[0])
+                most = max(most, sum(kept.values()))
         n = sum(p.numel() for p in net.parameters())
         state = sum(v.numel() * v.element_size() for p in net.parameters() for v in (p, p, *opt.state[p].values()) if torch.is_tensor(v)) + 4 * n
         start = time.perf_counter()
-        for i in range(4):
-            if i == 1:
-                start = time.perf_counter()
-            float(train_step(i, args.lr)[0])
-        seconds = (time.perf_counter() - start) / 3
+        for step in 3 * steps:
+            float(train_step(step, args.lr)[0])
+        seconds = (time.perf_counter() - start) / (3 * stages)
     iters = args.iters if args.iters is not None else max(int(args.minutes * 60 / seconds), 1)
-    print0(f'dry run: {n / 1e6:.2f} M parameters; {flops.get_total_flops() * world() / 1e9:.4g} GFLOP a step of {args.batch_size}; '
-           f'{state / 1e6:.0f} MB for weights, gradients, moments and average, {sum(kept.values()) / 1e6:.0f} MB kept for the backward; '
+    print0(f'dry run: {n / 1e6:.2f} M parameters; {flops.get_total_flops() / stages * world() / 1e9:.4g} GFLOP a step of {args.batch_size}; '
+           f'{state / 1e6:.0f} MB for weights, gradients, moments and average, {most / 1e6:.0f} MB kept for the backward; '
            f'{seconds:.3f} s a step, {iters} steps in {iters * seconds / 60:.1f} minutes. Nothing was trained')
 
 
@@ -2870,6 +2886,8 @@ def open_run(args, flags='args'):
         return None
     if not isinstance(state, dict) or flags not in state or 'opt' not in state:
         fail(f'{out}: its checkpoint holds no training to resume; choose another --out, or give it to --init')
+    if args.script in ('seg', 'bravo') and not state['args'].get('vae') and 'curriculum' not in state:
+        fail(f'{out}: was made by an older version of these scripts and cannot be resumed; give it to --init of a new run')
     new = plain(args)
     old = {**{k: v for k, v in YOUNGER.items() if k in new}, **state[flags]}
     if new.get('minutes') is not None:                          # its number of steps was frozen when it started
@@ -2906,7 +2924,9 @@ def load_init(net, args):
         fail(f'--init {args.init}: holds a {type(state).__name__}; expected a run of ours or a MONAI state dict')
     if 'args' in state and 'ema' in state:
         weights, theirs = state['ema'], {**YOUNGER, **state['args']}
-        for name in ('model', 'rflow', 'target'):
+        if args.sparse24 and theirs.get('prune_how') == 'channels':
+            fail(f'--init {args.init}: lacks pruned channels, and --sparse24 would prune it again; leave one of them away')
+        for name in ('model', 'rflow', 'target', 'heads', 'head_channels', 'norm_groups'):
             if theirs[name] != getattr(args, name):
                 fail(f'--init {args.init}: was trained with {name} {theirs[name]}, this run has {getattr(args, name)}; make them agree')
         args.init_range = theirs.get('init_range')
@@ -2921,6 +2941,9 @@ def load_init(net, args):
             fail(f'--init {args.init}: is no state dict of MONAI\'s DiffusionModelUNet (at {e})')
         if args.init_target == 'x0-eps' and 'out.2.weight' in weights:                        # MONAI's RFlow predicts x_0 - eps: turn the last layer round
             weights['out.2.weight'], weights['out.2.bias'] = -weights['out.2.weight'], -weights['out.2.bias']
+    for k in [k for k in weights if k.endswith('parametrizations.weight.original')] if not args.sparse24 else ():
+        if not weights[k.replace('original', '0.dense')]:                                     # the network that was trained, without what its masks hid
+            weights[k] = weights[k] * TwoFour().mask(weights[k])
     weights = plain_names(weights)
     fit_pruned(net, weights)
     mine, key, pixels = plain_names(net.state_dict()), *(('conv_in.weight', 1) if args.model == 'unet' else ('embed.weight', args.patch ** 2))
@@ -3160,7 +3183,7 @@ def load_detector(path, device='cpu'):
         net.load_state_dict(state['best'])
     except RuntimeError as e:
         fail(f'{path}: its weights do not fit this version\'s detector ({str(e).splitlines()[-1].strip()}); train it again')
-    digest = hashlib.sha256(b''.join(v.float().numpy().tobytes() for v in state['best'].values())).hexdigest()[:12]
+    digest = weights_hash(state['best'])
     return argparse.Namespace(net=net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), hash=digest,
                               temperature=float(state['temperature']), threshold=float(state['threshold']), prior=float(state['prior']),
                               part=args.part, box=tuple(state['box']), args=args, path=str(path))

@@ -195,8 +195,8 @@ def main(args):
     name, steps, clip = default_solver(run.args, args.sampler, args.steps)
     ts, process, net, size = run.process.times(steps, shift=run.process.shift), run.process, run.net, run.args.size
     clip = clip and not process.space.about                                      # only pixels have bounds
-    if run.args.sparse24:
-        fail(f'--bravo {run.path}: is 2:4 sparse (--sparse24), which adapters would undo; repair the dense run it came from')
+    if run.args.sparse24 or getattr(run.args, 'prune_how', None) == 'weights':
+        fail(f'--bravo {run.path}: has weights that are zero (--sparse24, --prune-how weights), which adapters would fill; repair the dense run it came from')
     if args.k > steps:
         fail(f'--k {args.k}: there are {steps} solver steps')
     state = open_run(args, 'draft')

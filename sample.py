@@ -509,7 +509,7 @@ def report_choice(args, judge, kept, rejected):
     atomic_write(Path(args.out) / 'gate.json', json.dumps(about, indent=1).encode())
 
 
-def keep_steps(wanted, ts, store, space):
+def keep_steps(wanted, ts, store, process):
     """A sampler callback that puts x_t and x0_hat, as images, into `store` at the solver's times nearest to the wanted ones."""
     at = {t: int((ts - t).abs().argmin()) for t in wanted if t > 0}
     if len(set(at.values())) < len(at):
@@ -517,7 +517,7 @@ def keep_steps(wanted, ts, store, space):
 
     def callback(i, t, x_t, x0_hat):
         if i in at.values():
-            store.append((t, space.decode(x_t).cpu(), space.decode(x0_hat).cpu()))
+            store.append((t, process.from_range(x_t).cpu(), process.from_range(x0_hat).cpu()))
 
     return callback
 
@@ -624,7 +624,7 @@ def main(args):
         """Candidate c of the round of each patient: a list of dicts of its number, image (S,S) or None, steps for --save-at, score, table row."""
         numbers_, images, steps, trace = [r * N + c for _, r in batch], None, [], []
         if args.bravo:
-            callback = keep_steps(args.save_at, ts, steps, main_run.process.space) if args.save_at else None
+            callback = keep_steps(args.save_at, ts, steps, main_run.process) if args.save_at else None
             keys = [(i, n) if n else (i,) for (i, _), n in zip(batch, numbers_)]
             x_0 = draw(main_run, args, keys, 'image', args.steps, mask, level, callback, None, trace)
             images = main_run.process.from_range(x_0).clamp(-1, 1).cpu().numpy()[:, 0]

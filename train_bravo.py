@@ -7,7 +7,7 @@
   python train_bravo.py --rflow --latent runs/vae --data DIR
 
 The network sees the noisy image and the mask as two channels. Beside train_seg.py this file has the mask channel, the
-perceptual loss and the spaces (--wavelet, --latent, --vae); the rest is the same, line by line. Leaves in --out: ckpt.pt, log.csv,
+losses on images, reflow and the spaces (--wavelet, --latent, --vae); the rest is the same, line by line. Leaves in --out: ckpt.pt, log.csv,
 loss_by_t.csv, samples_*.png.
 """
 from common import *
@@ -44,6 +44,12 @@ def get_args(argv=None):
         fail(f'--reflow {args.reflow}: expected a folder of sample.py --pairs, and no --augment (it would part an image from its noise)')
     if args.distill and not args.reflow:
         fail('--distill: learns one step from pairs; add --reflow DIR')
+    if args.reflow and args.prune:
+        fail('--reflow and --prune: prune the network on patients first, then give that run to --init')
+    idle = [f'--{k.replace("_", "-")}' for k in ('curriculum', 'logit_normal', 'min_snr', 'perceptual', 'fft', 'fft_log') if getattr(args, k)]
+    idle += [f'--schedule {args.schedule}'] if args.schedule in WIDTHS else []
+    if args.distill and idle:
+        fail(f'--distill and {idle[0]}: distillation asks the network at t=1 alone, where that does nothing; leave it away')
     if (args.perceptual_weights or args.lpips_weights) and not args.perceptual:
         fail('--perceptual-weights and --lpips-weights do nothing without --perceptual W; 0.01 is a start')
     for name in ('perceptual_weights', 'lpips_weights'):
@@ -585,11 +591,11 @@ def main(args):
         pool = full if len(full) >= 8 else pool
         picked = pool[np.linspace(0, len(pool), 8, endpoint=False).astype(int)]
         x_0, mask, extra = (v if v is None else v.to(device) for v in batch(picked, size))
-        denoise = make_denoise(ema.net, process, mask_condition(mask, args.p_uncond), None, extra, args.dtype, clip=not args.rflow and not space.about)
-        ts, rows_ = process.times(min(25 if args.rflow else 50, args.steps or 25), shift=process.shift), []
-        for k in range(2):
-            noise = torch.randn(len(x_0), *space.shape(args.size), generator=generator('picture', k)).to(device)
-            rows_.append(process.from_range(sample_ddim(denoise, noise, ts, process)).float().cpu()[:, 0])
+        twice = lambda v: v if v is None else torch.cat([v, v])
+        denoise = make_denoise(ema.net, process, twice(mask_condition(mask, args.p_uncond)), None, twice(extra), args.dtype, clip=not args.rflow and not space.about)
+        noise = torch.cat([torch.randn(len(x_0), *space.shape(size), generator=generator('picture', k)) for k in range(2)]).to(device)
+        made = sample_ddim(denoise, noise, process.times(min(25 if args.rflow else 50, args.steps or 25), shift=process.shift), process)
+        rows_ = process.from_range(made).float().cpu()[:, 0].chunk(2)
         zoom, masks = max(1, 128 // size), mask.cpu()[:, 0]
         save_grid(path, [list(x_0.cpu()[:, 0]), list(masks * 2 - 1), *rows_, [outline(x, m, zoom=zoom) for x, m in zip(rows_[0], masks)]],
                   ['real', 'mask', 'generated', 'generated 2', 'with mask'], zoom)

@@ -139,11 +139,11 @@ def main(args):
         pool = val if len(val) else data.rows('train')
         picked = pool[np.linspace(0, len(pool), 8, endpoint=False).astype(int)]
         x_0, extra = (v if v is None else v.to(device) for v in batch(picked, size))
-        denoise = make_denoise(ema.net, process, None, tokens(x_0), extra, args.dtype, clip=not args.rflow)
-        ts, rows_ = process.times(min(25 if args.rflow else 50, args.steps or 25), shift=process.shift), []
-        for k in range(3):
-            noise = torch.randn(x_0.shape, generator=generator('picture', k)).to(device)
-            rows_.append(process.from_range(sample_ddim(denoise, noise, ts, process)).float().cpu()[:, 0])
+        thrice = lambda v: v if v is None else torch.cat([v] * 3)
+        denoise = make_denoise(ema.net, process, None, thrice(tokens(x_0)), thrice(extra), args.dtype, clip=not args.rflow)
+        noise = torch.cat([torch.randn(x_0.shape, generator=generator('picture', k)) for k in range(3)]).to(device)
+        made = sample_ddim(denoise, noise, process.times(min(25 if args.rflow else 50, args.steps or 25), shift=process.shift), process)
+        rows_ = process.from_range(made).float().cpu()[:, 0].chunk(3)
         save_grid(path, [list(x_0.cpu()[:, 0]), *rows_], ['real', 'generated', 'generated 2', 'generated 3'], max(1, 128 // size))
 
     # length, learning rate test

@@ -93,6 +93,7 @@ TRAIN = [  # script, flags, words of the line
     ('bravo', '--rflow --init {trained}/bravo --prune 0.95', "--prune '0.95' at most 0.9"),
     ('bravo', '--rflow --model dit --init {trained}/bravo --prune 0.3 --prune-how channels', '--prune-how channels unet weights'),
     ('bravo', '--vae 2 --dtype pure-bf16', '--dtype pure-bf16 autoencoder'),
+    ('bravo', '--curriculum 1', '--curriculum 1 give 2'),
     ('bravo', '--kahan', '--kahan --dtype pure-bf16'),
     ('bravo', '--progressive 16', '--progressive 16 two or more rising'),
     ('bravo', '--progressive 32,16', '--progressive 32,16 rising'),

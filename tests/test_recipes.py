@@ -302,14 +302,14 @@ def test_prune(how, by, capsys):
         other.load_state_dict(net.state_dict())
         assert torch.equal(other(x_0.repeat(1, 2, 1, 1), t), net(x_0.repeat(1, 2, 1, 1), t))
         return
-    layers = [m for m in net.modules() if isinstance(m, (nn.Linear, nn.Conv2d))][1:-1]
+    layers = common.prunable(net)
     zero = [m.weight == 0 for m in layers]
     assert abs(sum(int(z.sum()) for z in zero) / sum(z.numel() for z in zero) - 0.3) < 1e-3
     opt, ema = build_optimizer(net, prune_args(how, by)), EMA(net, 0.9)
     for _ in range(10):
         process.loss(net, x_0, noise, t, mask)[0].mean().backward()
         opt.step(), opt.zero_grad(), ema.update(net)
-    averaged = [m for m in ema.net.modules() if isinstance(m, (nn.Linear, nn.Conv2d))][1:-1]
+    averaged = common.prunable(ema.net)
     assert all((m.weight[z] == 0).all() and (a.weight[z] == 0).all() for m, a, z in zip(layers, averaged, zero))
 
 

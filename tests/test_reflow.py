@@ -87,6 +87,8 @@ def test_patients_held_back_stay_out(pairs, call, trained, phantom, tmp_path, ca
     bad = call('sample', tmp_path / 'bad', '--bravo', trained / 'bravo', '--data', phantom, '--part', 'test', '--pairs', '--n', 3, '--steps', 2)
     for flags, words in ((['--reflow', bad, '--init', trained / 'bravo', '--rflow'], 'test part'), (['--reflow', pairs, '--rflow'], '--init'),
                          (['--reflow', pairs, '--init', trained / 'bravo'], '--rflow'), (['--distill', '--rflow'], '--reflow'),
+                         (['--reflow', pairs, '--init', trained / 'bravo', '--rflow', '--prune', 0.3], '--prune'),
+                         (['--reflow', pairs, '--init', trained / 'bravo', '--rflow', '--distill', '--min-snr', 5], '--min-snr'),
                          (['--reflow', tmp_path, '--init', trained / 'bravo', '--rflow'], '--pairs'),
                          (['--reflow', pairs, '--init', trained / 'bravo', '--rflow', '--augment'], '--augment'),
                          (['--reflow', pairs, '--init', trained / 'bravo', '--rflow', '--size', 32], '16 pixels')):
