@@ -168,6 +168,14 @@ def test_resuming_with_other_flags_is_refused(call, trained, capsys, flags, word
     assert before == {f: f.read_bytes() for f in (trained / 'seg').iterdir()}
 
 
+def test_a_run_of_an_older_version_starts_anew(call, trained, tmp_path, capsys):
+    state = common.load_checkpoint(trained / 'seg')
+    del state['curriculum']
+    (tmp_path / 'old').mkdir()
+    torch.save(state, tmp_path / 'old/ckpt.pt')
+    refused(capsys, ['older version', '--init'], call, 'seg', tmp_path / 'old', '--rflow')
+
+
 def test_resuming_the_other_script_or_a_foreign_checkpoint_is_refused(call, trained, files, tmp_path, capsys):
     refused(capsys, ['--out', 'train_seg.py', 'another'], call, 'bravo', trained / 'seg', '--rflow')
     for name in ('plain', 'list', 'tensor'):

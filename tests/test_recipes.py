@@ -368,6 +368,26 @@ def test_dry_run(call, tmp_path, capsys):
     assert flops[1] >= 1.9 * flops[0] and flops[2] > 2 * flops[0]
 
 
+def test_dry_run_covers_every_size(call, tmp_path, capsys):
+    """The work of a step is the mean over the sizes, the memory that of the largest."""
+    told = []
+    for flags in (['--size', 8], ['--size', 16], ['--progressive', '8,16']):
+        call('bravo', tmp_path / 'none', '--rflow', '--dry-run', *flags)
+        line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith('dry run'))
+        told.append((float(line.split(' GFLOP')[0].split()[-1]), float(line.split(' MB kept')[0].split()[-1])))
+    assert told[2][0] == pytest.approx((told[0][0] + told[1][0]) / 2, rel=0.01) and told[2][1] >= told[1][1]
+
+
+def test_pure_bf16_with_a_vector_condition(call, tmp_path):
+    call('bravo', tmp_path / 'run', '--rflow', '--model', 'dit', '--slice-level', '--dtype', 'pure-bf16', '--iters', 2)
+
+
+def test_what_started_at_zero_still_learns(call, trained, tmp_path):
+    """Pruned weights stay zero; the mask-present channel, new and zero, does not."""
+    run = call('bravo', tmp_path / 'run', '--rflow', '--init', trained / 'bravo', '--prune', 0.3, '--prune-how', 'weights', '--p-uncond', 0.3)
+    assert load_run(run).net.conv_in.weight[:, 2].abs().max() > 0
+
+
 def test_checkpointing_changes_no_bit(call, tmp_path):
     """The same weights as without, with less kept for the backward."""
     a, b = (load_checkpoint(call('bravo', tmp_path / str(len(f)), '--rflow', *f)) for f in ([], ['--checkpointing']))
