@@ -13,6 +13,8 @@ import fcntl, http.server, secrets, threading
 from datetime import datetime, timezone
 from urllib.parse import parse_qs, urlsplit
 
+from torch.optim.swa_utils import update_bn
+
 from common import *
 
 
@@ -57,8 +59,8 @@ def get_args(argv=None):
             g.add_argument('--weight-decay', type=number(float, 0), default=0.05, help='of AdamW')
             g.add_argument('--clip', type=number(float, 0, open_low=True), default=1.0, help='gradient norm')
             g.add_argument('--ema-decay', type=number(float, 0, 1), default=0.99, help='of the weight average')
-            g.add_argument('--patience', type=number(int, 1), default=10, help='stop after so many validations without a better one')
-            g.add_argument('--val-every', type=number(int, 1), default=50, help='steps between validations')
+            g.add_argument('--patience', type=number(int, 1), default=20, help='stop after so many validations without a better one')
+            g.add_argument('--val-every', type=number(int, 1), default=100, help='steps between validations')
             g.add_argument('--target-tpr', type=number(float, 0, 1, open_low=True), default=0.9, help='share of bad validation images that the threshold catches')
             g.add_argument('--test-slices', type=number(int, 8), default=150, help='real test slices, each also with every family and severity')
             g.add_argument('--repeats', type=number(int, 20), default=200, help='bootstrap draws of patients')
@@ -888,6 +890,9 @@ def train(args):
             l.append(a[answers.part == 'val'])
     held, held_masks, held_bad = np.concatenate(held), np.concatenate(held_masks), np.concatenate(held_bad)
 
+    # BatchNorm's statistics belong to the weights that they were measured with: for the average they are measured anew, on these
+    still = [batch(-1 - i)[0].contiguous(memory_format=torch.channels_last) for i in range(8)]
+
     def save(step):
         save_checkpoint(out, dict(net=net.state_dict(), ema=ema.net.state_dict(), ema_updates=ema.updates, opt=opt.state_dict(), step=step,
                                   best=best, found=found, waited=waited, temperature=temperature, threshold=threshold, prior=float(held_bad.mean()), args=plain(args), box=list(data.box)))
@@ -910,6 +915,7 @@ def train(args):
         done, signum = step + 1, stop.asked(device)
         if done % args.val_every == 0 or done == args.iters:
             seconds = (time.perf_counter() - clock) / len(recent)
+            update_bn(still, ema.net)
             z = logits_of(lambda i, m: ema.net(torch.cat([i, m], 1)), held, held_masks, device)[:, 0]
             score = nll(z / fit_temperature(z, held_bad), held_bad)
             best, found, waited = ({k: v.clone() for k, v in ema.net.state_dict().items()}, score, 0) if score < found else (best, found, waited + 1)

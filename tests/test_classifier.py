@@ -4,6 +4,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from torch.optim.swa_utils import update_bn
 
 import classifier
 import common
@@ -247,6 +248,22 @@ def test_temperature_is_of_the_network_that_is_kept(phantom, cache, tmp_path, mo
     assert d.temperature == fit_temperature(z, y) and (1 / (1 + np.exp(-z[y > 0] / d.temperature)) >= d.threshold).mean() >= 0.9
 
 
+def test_batch_norm_belongs_to_the_averaged_weights(phantom, cache, tmp_path, monkeypatch):
+    """The kept network's statistics are those of its own activations, not of the network that the average runs behind."""
+    batches = []
+    monkeypatch.setattr(classifier, 'update_bn', lambda loader, net: (batches.append(loader), update_bn(loader, net)))
+    run('train', '--data', phantom, '--cache', cache, '--out', tmp_path, '--device', 'cpu', *TINY, '--lr', 0.02)
+    state = common.load_checkpoint(tmp_path)
+    for name, far in (('best', False), ('net', True)):
+        net, seen = Detector().eval(), []
+        net.stages[0].norm1.register_forward_hook(lambda m, x, y: seen.append(x[0].mean((0, 2, 3))))
+        net.load_state_dict(state[name])
+        with torch.no_grad():
+            [net(x) for x in batches[0]]
+        gap = (state['best']['stages.0.norm1.running_mean'] - torch.stack(seen).mean(0)).abs().max()
+        assert (gap > 1e-4) == far, (name, gap)
+
+
 def test_the_parts_see_different_patients(phantom, cache, tmp_path, monkeypatch):
     """--part judge learns from judge patients alone, --part train from training patients; both stop by val and report on test."""
     seen = []
@@ -256,7 +273,7 @@ def test_the_parts_see_different_patients(phantom, cache, tmp_path, monkeypatch)
         seen.clear()
         run('train', '--data', phantom, '--cache', cache, '--out', tmp_path / part, '--device', 'cpu', *TINY, '--part', part)
         first, found = len(data.rows('val', 0.2, 0)), set()
-        for x in seen[:first] + seen[first + 4 * 4:]:                      # validation and test slices as they are; steps are augmented
+        for x in seen[:first] + seen[first + (8 + 4) * 4:]:                # validation and test slices as they are; batches are augmented
             found |= {p for p, y in zip(data.part, data.images) if np.array_equal(x.numpy(), y[0])}
         assert found == {'val', 'test'} and load_detector(tmp_path / part).part == part
 
