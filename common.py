@@ -2292,7 +2292,7 @@ def grid_png(rows, labels=None, zoom=1):
         for j, p in enumerate(row):
             sheet.paste(Image.fromarray(p), (left + j * (w + pad), i * (h + pad)))
     buffer = io.BytesIO()
-    sheet.save(buffer, 'PNG', optimize=True)
+    sheet.save(buffer, 'PNG')
     return buffer.getvalue()
 
 

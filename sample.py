@@ -553,6 +553,25 @@ def write_item(out, folder, image, mask, spacing, steps):
 
 
 @torch.no_grad()
+def bake_sparse(net, device, dtype):
+    """Folds the masks of --sparse24 into the weights, the same values without their making. On a GPU in bf16, the linears whose shape the
+    sparse kernels take are stored compressed and multiplied by those: tried with a product each, as support differs from card to card."""
+    layers = [m for m in net.modules() if parametrize.is_parametrized(m, 'weight')]
+    packed = 0
+    for m in layers:
+        dense = bool(m.parametrizations.weight[0].dense)                       # trained with a dense tail to its end
+        parametrize.remove_parametrizations(m, 'weight')
+        if device == 'cuda' and dtype == 'bf16' and not dense and isinstance(m, nn.Linear) and m.out_features % 32 == m.in_features % 64 == 0:
+            try:
+                weight = torch.sparse.to_sparse_semi_structured(m.weight.detach().bfloat16().contiguous())
+                F.linear(torch.ones(128, m.in_features, device=device, dtype=torch.bfloat16), weight)
+            except (RuntimeError, NotImplementedError):                        # this card or this torch has no kernel for it
+                continue
+            m.weight, packed = nn.Parameter(weight, requires_grad=False), packed + 1
+    if layers:
+        print0(f'2:4 sparsity: {packed} of {len(layers)} sparse layers run on sparse kernels, the others as dense ones with zeros')
+
+
 def main(args):
     # models and masks
     device, out = setup(args), Path(args.out)
@@ -563,6 +582,7 @@ def main(args):
             fail(f'--{kind} {run.path}: is a run of train_{run.args.script}.py')
         if (args.cfg if kind == 'bravo' else args.seg_cfg) != 1 and not run.args.p_uncond:
             fail(f'--{"cfg" if kind == "bravo" else "seg-cfg"}: {run.path} was trained without --p-uncond and knows no image without its condition')
+        bake_sparse(run.net, args.device, args.dtype)
         run.model = torch.compile(run.net) if args.compile else run.net
         solver(run, args, args.steps if kind == 'bravo' else args.seg_steps)
     main_run = runs.get('bravo', runs.get('seg'))

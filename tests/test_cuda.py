@@ -51,6 +51,17 @@ def test_images_from_the_same_noise_agree(net):
     assert (ends[0] - ends[1]).norm() < 0.02 * ends[0].norm()
 
 
+def test_sparse_kernels_give_the_masked_product(capsys):
+    """Linears of --sparse24 through the card's 2:4 kernels against the same weights as dense ones; shapes that do not fit stay dense."""
+    net = common.sparsify(torch.nn.Sequential(torch.nn.Linear(128, 256), torch.nn.Linear(256, 40))).cuda()
+    x = torch.randn(64, 128).cuda()
+    with torch.no_grad(), common.autocast(torch.device('cuda'), 'bf16'):
+        dense = net(x)
+        sample.bake_sparse(net, 'cuda', 'bf16')
+        assert (net(x) - dense).norm() < 0.01 * dense.norm()
+    assert '1 of 2 sparse layers' in capsys.readouterr().out
+
+
 @pytest.mark.parametrize('flags', [['--dtype', 'bf16'], ['--dtype', 'fp32'], ['--compile']], ids=' '.join)
 def test_train_resume_sample(phantom, tmp_path, flags):
     """4 steps = 2 + resume + 2 up to the GPU's own scatter, a finite loss, and a set from the result."""

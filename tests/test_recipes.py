@@ -10,6 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import common
+import sample
 import train_bravo
 from common import (DDPM, EMA, Curriculum, PureBF16, RFlow, TwoFour, UNet, build_optimizer, generator, load_checkpoint, load_run, lr_at, prune, quantile,
                     sparse_layers, sparsify, stage_of, stochastic)
@@ -252,6 +253,10 @@ def test_sparsity_survives(call, tmp_path, capsys):
     fit = [m for m in layers if m.weight.shape[1] % 4 == 0]
     assert len(sparse_layers(net)) == len(fit) > 10 and len(layers) - len(fit) == 1         # the first convolution sees 2 channels
     assert all(((m.weight.transpose(1, -1).reshape(-1, 4) != 0).sum(1) <= 2).all() for m in fit)
+    x, t = torch.randn(2, 2, 16, 16, generator=generator('bake')), torch.tensor([0.3, 0.8])
+    before = net(x, t)
+    sample.bake_sparse(net, 'cpu', 'fp32')                                     # as sample.py does: nothing is masked any more, nothing changes
+    assert torch.equal(net(x, t), before) and not sparse_layers(net) and f'0 of {len(fit)} sparse layers run on sparse' in capsys.readouterr().out
     tail = load_run(call('bravo', tmp_path / 'tail', '--rflow', '--sparse24', '--dense-tail', 0.5)).net
     assert all((m.weight != 0).float().mean() > 0.9 for m in tail.modules() if isinstance(m, nn.Linear))
     net = sparsify(small())
