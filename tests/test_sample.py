@@ -22,7 +22,7 @@ def runs(tmp_path_factory, phantom):
     folder = tmp_path_factory.mktemp('runs')
     shared = ['--preset', 'tiny', '--dtype', 'fp32', '--iters', '2', '--sample-every', '100', '--data', str(phantom), '--cache', str(folder / 'cache')]
     for script, name, flags in ((train_seg, 'seg', ['--rflow', '--slice-level']), (train_bravo, 'bravo', ['--rflow', '--slice-level']),
-                                (train_bravo, 'ddpm', ['--steps', '50'])):
+                                (train_bravo, 'ddpm', ['--steps', '50']), (train_bravo, 'twenty', ['--rflow', '--steps', '20'])):
         script.main(script.get_args([*shared, *flags, '--out', str(folder / name)]))
     return folder
 
@@ -129,11 +129,11 @@ def test_jump_costs():
 
 def test_learn_steps(make, runs, phantom, tmp_path, capsys):
     """Writes times, costs and a picture, no patients; the file is taken, and refused when it is none."""
-    source = ['--data', phantom, '--bravo', runs / 'bravo', '--cache', runs / 'cache']
+    source = ['--data', phantom, '--bravo', runs / 'twenty', '--cache', runs / 'cache']
     sample.main(sample.get_args([*map(str, source), '--out', str(tmp_path / 'learned'), '--learn-steps', '4']))
     told = json.loads((tmp_path / 'learned/steps.json').read_text())
     assert sorted(f.name for f in (tmp_path / 'learned').iterdir()) == ['steps.json', 'steps.png']
-    assert len(told['times']) == 5 and told['cost'] <= told['cost_of_equal_steps'] and told['run'] == common.load_run(runs / 'bravo').hash
+    assert len(told['times']) == 5 and told['cost'] <= told['cost_of_equal_steps'] and told['run'] == common.load_run(runs / 'twenty').hash
     _, rows = make('used', *source[:4], '--steps-file', tmp_path / 'learned/steps.json', '--sampler', 'dpm++')
     assert {r['steps'] for r in rows} == {'4'} and {r['sampler'] for r in rows} == {'dpm++'}
     for bad in ('{}', '[', '{"times": [1, 0.2, 0.5, 0]}', '{"times": "x"}'):

@@ -215,15 +215,14 @@ def test_flag_off_is_free_on_is_not(run, vgg):
 
 @pytest.mark.parametrize('kind', ['seg', 'bravo'])
 @pytest.mark.parametrize('flags', [
-    ['--target', 'eps'], ['--target', 'v', '--schedule', 'cosine'], ['--target', 'x0', '--schedule', 'linear', '--steps', '50'],
+    ['--target', 'eps', '--labels', '1'], ['--target', 'v', '--schedule', 'cosine'], ['--target', 'x0', '--schedule', 'linear', '--steps', '50'],
     ['--rflow', '--steps', '100', '--slice-level', '--empty-slices', '0.5', '--speck', '0', '--size', '24'],
     ['--rflow', '--layers', '2', '--channels', '8,8,16', '--attention', '0,1,1', '--head-channels', '4', '--batch-size', '2'],
     ['--rflow', '--keep-every', '2', '--save-every', '1', '--sample-every', '2', '--device', 'cpu', '--dtype', 'bf16'],
-    ['--rflow', '--lr-find', '--labels', '1'],
 ], ids=lambda f: ' '.join(f)[:40])
 def test_every_flag_runs(run, kind, flags):
     """Every way of training ends with a run that loads, a log, pictures and a finite loss."""
-    out = run(kind, 'run', *flags)
+    out = run(kind, 'run', *(f if kind == 'bravo' else f.replace('bf16', 'fp32') for f in flags))          # bf16 is emulated on many machines
     trained = load_run(out)
     assert trained.step == 4 and trained.args.script == kind
     rows = common.read_csv(out / 'log.csv')
@@ -232,8 +231,6 @@ def test_every_flag_runs(run, kind, flags):
     if '--keep-every' in flags:
         assert {f.name for f in out.glob('ckpt*')} == {'ckpt.pt', 'ckpt.prev.pt', 'ckpt_2.pt', 'ckpt_4.pt'}
         assert load_run(out / 'ckpt_2.pt').step == 2
-    if '--lr-find' in flags:
-        assert (out / 'lr_find.png').exists() and len(common.read_csv(out / 'lr_find.csv')) > 10
 
 
 def test_minutes_are_frozen(run, capsys):
