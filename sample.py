@@ -552,7 +552,6 @@ def write_item(out, folder, image, mask, spacing, steps):
     write_patient(out / folder, {} if image is None else {'bravo': image}, mask, spacing, files)
 
 
-@torch.no_grad()
 def bake_sparse(net, device, dtype):
     """Folds the masks of --sparse24 into the weights, the same values without their making. On a GPU in bf16, the linears whose shape the
     sparse kernels take are stored compressed and multiplied by those: tried with a product each, as support differs from card to card."""
@@ -572,6 +571,7 @@ def bake_sparse(net, device, dtype):
         print0(f'2:4 sparsity: {packed} of {len(layers)} sparse layers run on sparse kernels, the others as dense ones with zeros')
 
 
+@torch.no_grad()
 def main(args):
     # models and masks
     device, out = setup(args), Path(args.out)
