@@ -478,7 +478,7 @@ def train_segmenter(images, masks, steps, device='cpu', seed=0, network='nnunet'
     Nesterov's SGD (MedNeXt: AdamW, 1e-3), the rate falls as (1 - step/steps)^0.9, gradients clipped at 12; a third of each batch is drawn
     from slices with tumour. The last weights are taken, as nnU-Net does, so that no patient is needed to choose them. No mirrors at test time.
     """
-    layout = torch.channels_last if network == 'nnunet' else torch.contiguous_format      # torch 2.13 corrupts memory in narrow MedNeXts' channels_last
+    layout = torch.channels_last if network == 'nnunet' else torch.contiguous_format      # narrow MedNeXts crash in channels_last (torch 2.13, CPU)
 
     def build(kernel):
         torch.manual_seed(seed_of(seed, 'segmenter') % 2 ** 32)

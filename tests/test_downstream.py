@@ -134,7 +134,7 @@ def test_segmenter_is_seeded():
     drawn = []
     with pytest.MonkeyPatch.context() as m:
         m.setattr(evaluate, 'segmentation_loss', lambda out, y: (drawn.append(y.flatten(1).any(1)), out[0].sum() * 0)[1])
-        train_segmenter(images, masks.astype(np.uint8), 40, width=2, batch=9, augmented=False)
+        train_segmenter(images, masks.astype(np.uint8), 15, width=2, batch=9, augmented=False)
     drawn = torch.stack(drawn)
     assert drawn[:, 6:].all() and 0 < drawn[:, :6].float().mean() < 0.3
     for kernel in ('5', 'upkern'):
@@ -286,7 +286,8 @@ def test_study(study, monkeypatch, capsys):
 
 def test_cross_validation(study, capsys):
     """Every training patient is held out once; no test patient is in it."""
-    out = study('--cross-validate', '3', '--gated', study.root / 'set1', '--out', study.root / 'cv')
+    study('--cross-validate', '3', '--gated', study.root / 'set1', '--out', study.root / 'cv')
+    out = study.root / 'cv'
     rows = read_csv(out / 'cv_lesions.csv')
     part = {r['patient']: r['part'] for r in read_csv(study.root / 'split.csv')}
     assert {part[r['patient']] for r in rows} == {'train'} and len({r['patient'] for r in rows}) == 9 and {r['arm'] for r in rows} == {'real_aug'}
