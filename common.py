@@ -2204,6 +2204,11 @@ def wilson(k, n, z=1.959964):
     return max(middle - half, 0.0), min(middle + half, 1.0)
 
 
+def effective(w):
+    """How many equally weighted items weights w are worth (Kish 1965)."""
+    return float(np.sum(w) ** 2 / np.sum(np.square(w)))
+
+
 def auc(bad, good):
     """P(a bad image scores above a good one), ties half (Mann-Whitney). nan without one of either."""
     if not len(bad) or not len(good):

@@ -353,14 +353,14 @@ def control(args):
     out = Path(args.out)
     made = json.loads((Path(args.fake) / 'sample.json').read_text())
     if not made.get('asked'):
-        fail(f'--fake {args.fake}: was made without --count or --requests')
+        fail(f'--fake {args.fake}: was made without --count, --requests or --hard-cases')
     requests = [np.array([[math.nan if v is None else v for v in lesion] for lesion in r]).reshape(-1, 3) for r in made['asked']]
     rows = read_csv(Path(args.fake) / 'manifest.csv')
     got, wish = [], []
     for r in rows:
         mask = read_nifti(Path(args.fake) / r['folder'] / 'seg.nii.gz')[0][0]
         got.append(lesion_records(mask))
-        wish.append(requests[int(r['index']) % len(requests)])
+        wish.append(requests[int(r['condition'].split(' request ')[1].split(':')[0])])
     side = made['pixels']
     other = [wish[i] for i in torch.randperm(len(wish), generator=generator(args.seed, 'shuffled')).tolist()]
 
