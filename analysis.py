@@ -85,14 +85,6 @@ def get_args(argv=None):
     return args
 
 
-def print_table(header, rows):
-    """Columns as wide as their longest cell, the first one to the left."""
-    cells = [[str(v) for v in row] for row in (header, *rows)]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    for row in cells:
-        print0('  '.join([row[0].ljust(widths[0]), *(v.rjust(w) for v, w in zip(row[1:], widths[1:]))]))
-
-
 def short_names(paths):
     """The last parts of paths, as many as make them different."""
     parts = [Path(p).resolve().parts for p in paths]
@@ -264,15 +256,6 @@ def tarone(x, n):
         return math.nan, math.nan
     extra = ((x - n * p) ** 2).sum() / (p * (1 - p)) - n.sum()
     return float(extra / math.sqrt(2 * pairs)), float(extra / pairs)
-
-
-def holm(p):
-    """p-values corrected for their number (Holm 1979): the k-th smallest times how many are left, never below the one before."""
-    p, order = np.asarray(p, float), np.argsort(p, kind='stable')
-    steps = np.maximum.accumulate(p[order] * (len(p) - np.arange(len(p))))
-    out = np.empty(len(p))
-    out[order] = np.minimum(steps, 1)
-    return out
 
 
 def patients(args):

@@ -192,6 +192,14 @@ def read_csv(path):
     return rows
 
 
+def print_table(header, rows):
+    """Columns as wide as their longest cell, the first one to the left."""
+    cells = [[str(v) for v in row] for row in (header, *rows)]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    for row in cells:
+        print0('  '.join([row[0].ljust(widths[0]), *(v.rjust(w) for v, w in zip(row[1:], widths[1:]))]))
+
+
 class Stop:
     """Turns SIGTERM and Ctrl-C into a flag that the loop reads after each step, so that it can save and leave."""
 
@@ -2207,6 +2215,15 @@ def wilson(k, n, z=1.959964):
 def effective(w):
     """How many equally weighted items weights w are worth (Kish 1965)."""
     return float(np.sum(w) ** 2 / np.sum(np.square(w)))
+
+
+def holm(p):
+    """p-values corrected for their number (Holm 1979): the k-th smallest times how many are left, never below the one before."""
+    p, order = np.asarray(p, float), np.argsort(p, kind='stable')
+    steps = np.maximum.accumulate(p[order] * (len(p) - np.arange(len(p))))
+    out = np.empty(len(p))
+    out[order] = np.minimum(steps, 1)
+    return out
 
 
 def auc(bad, good):
