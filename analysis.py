@@ -468,10 +468,10 @@ def read_lesions(args):
     people = [dict(name=n, source=n, synthetic=True) for n in sorted({r['patient'] for r in rows})]     # as sources: they need not fill every part
     for p in split_patients(people, split, training=False):
         if p['part'] != 'train':
-            fail(f'{file}: patient {p["name"]} is in the {p["part"]} part; what is hard may be learned from training patients only')
+            fail(f'{file}: patient {p["name"]} is in the {p["part"]} part; what is hard may be learned from training patients only (see --split)')
     for i, r in enumerate(rows):
         try:
-            v = [float(r.get(k, 'nan')) for k in (*LESION[:6], 'ventricle')]
+            v = [float(r.get(k) or 'nan') for k in (*LESION[:6], 'ventricle')]
             good = v[0] > 0 and 0 <= min(v[1:3]) <= max(v[1:3]) <= 1 and v[5] in (0, 1) and all(map(math.isfinite, v[:6]))
         except ValueError:
             good = False
@@ -538,9 +538,9 @@ def hard_cases(args):
         features['to the ventricles'] = thirds(a[:, 6])
     table, panels = [], {name: {} for name in features}
     for name, told, found in ((name, told, hit[which == b]) for name, (which, names) in features.items() for b, told in enumerate(names)):
-        low, high = wilson(found.sum(), len(found))
-        table.append([name, told, len(found), *(f'{v:.3f}' for v in (found.sum() / max(len(found), 1), low, high))])
-        panels[name][f'{told}, n {len(found)}'] = dict(fake=found.sum() / max(len(found), 1), fake_low=low, fake_high=high, floor=hit.mean())
+        r, (low, high) = found.sum() / max(len(found), 1), wilson(found.sum(), len(found))
+        table.append([name, told, len(found), *(f'{v:.3f}' for v in (r, low, high))])
+        panels[name][f'{told} {r:.2f} of {len(found)}'] = dict(fake=r, fake_low=low, fake_high=high, floor=hit.mean())
     header = ['feature', 'of', 'lesions', 'recall', 'low', 'high']
     print_table(header, table)
     write_csv(out / 'recall.csv', header, table)

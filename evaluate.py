@@ -4,6 +4,7 @@
   python evaluate.py cycle --fake runs/synthetic --data DIR       does a segmenter find the mask that an image was made from?
   python evaluate.py control --fake runs/asked                    do masks hold what was asked for (sample.py --count, --requests)?
   python evaluate.py downstream --fake runs/synthetic --data DIR  does a segmenter get better on real test patients by training on the set?
+  python evaluate.py downstream --engine nnunetv2 --iters 5000 --data DIR    the same with nnU-Net v2 itself, where it is installed
 
 Each leaves metrics.json, metrics.csv and pictures in --out. Reads files, changes none.
 """
@@ -1035,7 +1036,7 @@ def nnunetv2(args, name, steps, augmented, device):
     arm, seed = name.rsplit('_', 1)
     root, here = Path(args.out).resolve() / 'nnunet' / arm, 'Dataset001_study'
     raw, plans = root / 'raw' / here, root / 'preprocessed' / here
-    env = {'nnUNet_n_proc_DA': '0', 'nnUNet_def_n_proc': '1', 'nnUNet_compile': 'f', **os.environ, 'nnUNet_raw': str(raw.parent),
+    env = {'nnUNet_def_n_proc': '1', 'nnUNet_compile': 'f', **os.environ, 'nnUNet_raw': str(raw.parent),
            'nnUNet_preprocessed': str(plans.parent), 'nnUNet_results': str(root / f'results_{seed}'), 'nnUNet_extTrainer': str(root / 'trainer')}
     root.mkdir(parents=True, exist_ok=True)
     with open(root / 'lock', 'w') as lock:                                # its programs hold it too: one may outlive a killed call
@@ -1048,7 +1049,8 @@ def nnunetv2(args, name, steps, augmented, device):
             log = root / f'{program}_{seed}.log'
             print0(f'{name}: {program} {" ".join(flags)}; log: {log}')
             with open(log, 'w') as f:
-                code = subprocess.run([program, *flags], env=env, stdin=subprocess.DEVNULL, stdout=f, stderr=subprocess.STDOUT, pass_fds=[lock.fileno()]).returncode
+                more = {'nnUNet_n_proc_DA': os.environ.get('nnUNet_n_proc_DA', '0') if program == NNUNET[1] else '1'}           # its planner fails with 0
+                code = subprocess.run([program, *flags], env={**env, **more}, stdin=subprocess.DEVNULL, stdout=f, stderr=subprocess.STDOUT, pass_fds=[lock.fileno()]).returncode
             if code:
                 last = [line for line in log.read_text(errors='replace').splitlines() if line.strip()][-1:]
                 fail(f'{program} ended with code {code}: {"".join(last) or "it said nothing"}; see {log}. The same command tries this step again; to begin the arm anew, '

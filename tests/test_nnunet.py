@@ -104,8 +104,8 @@ def test_a_study(study, programs, phantom, fake, cache, capsys):
         root = (out / 'nnunet' / arm).resolve()
         raw, done = root / 'raw' / NAME, root / 'preprocessed' / NAME
         env = dict(nnUNet_raw=root / 'raw', nnUNet_preprocessed=root / 'preprocessed', nnUNet_results=root / 'results_0', nnUNet_extTrainer=root / 'trainer',
-                   nnUNet_n_proc_DA=0, nnUNet_def_n_proc=1, nnUNet_compile='f')
-        assert all(c[2] == {k: str(v) for k, v in env.items()} for c in own)
+                   nnUNet_def_n_proc=1, nnUNet_compile='f')
+        assert all(c[2] == {**{k: str(v) for k, v in env.items()}, 'nnUNet_n_proc_DA': str(int(c[0] != train))} for c in own)
         how = ['-device', 'cpu', '-tr', trainer]
         assert [c[1] for c in own] == [
             ['-d', '1', '-c', '2d', '--verify_dataset_integrity', '-np', '1', '-npfp', '1'], ['1', '2d', '0', *how, '--c'],
