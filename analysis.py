@@ -6,6 +6,7 @@
   python analysis.py patients --fake runs/synthetic --scores runs/scores     which patients' images come out distorted (or --answers runs/labels)
   python analysis.py taxonomy runs/labels                                    kinds of distortion, and how far raters agree
   python analysis.py onset --fake runs/steps --gate runs/detector            when along the way from noise a distortion is decided
+  python analysis.py hard-cases runs/downstream/cv_lesions.csv               which lesions a segmenter misses; hard.json for sample.py --hard-cases
 
 compare takes run folders (log.csv) and folders of evaluate.py (metrics.json) in any number and order. Leaves in --out: compare.csv,
 and loss.png, held_out.png, loss_by_t.png with a curve for each run, metrics.png with a bar for each set. timesteps leaves
@@ -45,6 +46,13 @@ def get_args(argv=None):
     c.add_argument('--repeats', type=number(int, 20), default=200, help='bootstrap draws of images')
     c.add_argument('--device', choices=('auto', 'cpu', 'cuda'), default='auto')
     c.add_argument('--out', default='runs/onset', metavar='DIR')
+    c = commands.add_parser('hard-cases', help='lesions found, by size, place, number and edge; how often to ask for each kind')
+    c.add_argument('lesions', nargs='+', metavar='FILE', help='cv_lesions.csv of evaluate.py downstream --cross-validate K')
+    c.add_argument('--split', metavar='FILE', help='CSV patient,part; none: split.csv beside the first FILE, else by name')
+    c.add_argument('--data', nargs='+', metavar='DIR', help='patients with a parc.nii.gz (evaluate.py atlas): also the distance to the ventricles')
+    c.add_argument('--alpha', type=number(float, 0), default=1.0, help='weight of a kind of lesion: its share of misses to this power; 0: all alike')
+    c.add_argument('--lam', type=number(float, 0, 1), default=0.4, help='share of masks drawn by weight; the others as the patients have them')
+    c.add_argument('--out', default='runs/hard', metavar='DIR')
     args = p.parse_args(argv)
     args.dtype = 'fp32'
     if args.command == 'release':
@@ -66,6 +74,9 @@ def get_args(argv=None):
     for folder in getattr(args, 'answers', None) or ():
         if not (Path(folder) / 'labels.csv').is_file():
             fail(f'--answers {folder}: holds no labels.csv; give a folder of classifier.py label')
+    for file in getattr(args, 'lesions', ()):
+        if not Path(file).is_file():
+            fail(f'{file}: no such file; expected a CSV of evaluate.py downstream --cross-validate K')
     for run in getattr(args, 'runs', ()):
         if args.command == 'timesteps' and not (Path(run) / 'loss_by_t.csv').is_file():
             fail(f'{run}: holds no loss_by_t.csv; give a run folder of train_seg.py or train_bravo.py')
@@ -440,8 +451,114 @@ def onset(args):
     print0(f'look at {out}/onset.png, classes.png and trajectories.png (x0_hat at t = {", ".join(f"{t:g}" for t in ts)})')
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# hard cases
+# ---------------------------------------------------------------------------------------------------------------------
+VENTRICLES = (4, 14, 15, 43)                                              # FreeSurfer's labels of the lateral, third and fourth
+LESION = ('diameter', 'x', 'y', 'count', 'edge', 'hit', 'arm', 'seed', 'patient', 'folder', 'slice', 'lesion', 'unit')
+
+
+def read_lesions(args):
+    """Lesions of training patients: their (patient, folder, slice, lesion), numbers (N,7) of LESION's first six and the distance to the ventricles,
+    and dict of unit, arms and seeds. A lesion counts once, with the mean of its hits over arms and seeds."""
+    rows, file, seen = [r for f in args.lesions for r in read_csv(f)], args.lesions[0], {}
+    if not rows or not {*LESION} <= rows[0].keys():
+        fail(f'{file}: holds ' + (f'columns {",".join(rows[0])}; expected {",".join(LESION)}' if rows else 'no lesion'))
+    split = args.split or next((str(f) for f in [Path(file).parent / 'split.csv'] if f.is_file()), None)
+    people = [dict(name=n, source=n, synthetic=True) for n in sorted({r['patient'] for r in rows})]     # as sources: they need not fill every part
+    for p in split_patients(people, split, training=False):
+        if p['part'] != 'train':
+            fail(f'{file}: patient {p["name"]} is in the {p["part"]} part; what is hard may be learned from training patients only (see --split)')
+    for i, r in enumerate(rows):
+        try:
+            v = [float(r.get(k) or 'nan') for k in (*LESION[:6], 'ventricle')]
+            good = v[0] > 0 and 0 <= min(v[1:3]) <= max(v[1:3]) <= 1 and v[5] in (0, 1) and all(map(math.isfinite, v[:6]))
+        except ValueError:
+            good = False
+        if not good or r['unit'] != rows[0]['unit']:
+            fail(f'{file}: lesion {i + 1}: expected numbers, x and y from 0 to 1, hit 0 or 1, unit {rows[0]["unit"]} throughout; got {",".join(r.values())}')
+        seen.setdefault(tuple(r[k] for k in ('patient', 'folder', 'slice', 'lesion')), []).append(v)
+    keys, a = list(seen), np.array([np.mean(v, 0) for v in seen.values()])
+    patients = [p for p in split_patients(find_patients(args.data, ('bravo', 'seg')), split) if p['part'] == 'train'] if args.data else []
+    box = measure_box(patients) if patients else None
+    for p in patients:
+        mine, file = [i for i, k in enumerate(keys) if k[:2] == (p['name'], p['folder'].name)], p['folder'] / 'parc.nii.gz'
+        labels, spacing = read_nifti(file) if mine and file.is_file() else (np.zeros((1, 1, 1)), (1, 1, 1))
+        voxels, (y0, x0, y1, x1) = (np.argwhere(np.isin(labels, VENTRICLES)) + 0.5) * spacing, square_view(labels.shape[1:], spacing[1:], box)
+        for i in mine if len(voxels) else ():                                                            # in three dimensions, mm
+            at = np.multiply((int(keys[i][2]) + 0.5, y0 + a[i, 2] * (y1 - y0), x0 + a[i, 1] * (x1 - x0)), spacing)
+            a[i, 6] = np.linalg.norm(voxels - at, axis=1).min()
+    if np.isnan(a[:, 6]).any():
+        print0(f'note: {np.isnan(a[:, 6]).sum()} of {len(a)} lesions have no distance to the ventricles (a column ventricle, or --data with parc.nii.gz of '
+               'evaluate.py atlas); left out of that')
+    return keys, a, dict(unit=rows[0]['unit'], patients=len(people), **{f'{k}s': sorted({r[k] for r in rows}) for k in ('arm', 'seed')})
+
+
+def hard_weights(hits, n, alpha, k=10, floor=0.05, clip=4.0):
+    """Of bins with `hits` of n lesions found: recall drawn towards that of all lesions as by k more of those, and sampling weight.
+
+    The weight is max(1 - recall, floor)^alpha over its mean over lesions, within [1/clip, clip].
+    """
+    recall = (hits + k * hits.sum() / n.sum()) / (n + k)
+    w = np.maximum(1 - recall, floor) ** alpha
+    return recall, np.clip(w * n.sum() / (w * n).sum(), 1 / clip, clip)
+
+
+def hard_cases(args):
+    """Recall by feature, and a mixture of the patients' own slices in which those with lesions of often missed kinds come more often.
+
+    A kind is a third of sizes and a cell of 3 x 3 over the brain box; a slice is as hard as its lesions on average.
+    """
+    out, (keys, a, about) = Path(args.out), read_lesions(args)
+
+    def thirds(v):
+        cut = np.nanquantile(v, (1 / 3, 2 / 3))
+        return np.where(np.isnan(v), -1, np.digitize(v, cut)), [f'below {cut[0]:.1f}', f'to {cut[1]:.1f}', 'above']
+
+    (size, sizes), hit = thirds(a[:, 0]), a[:, 5]
+    x, y = np.minimum(a[:, 1:3] * 3, 2).astype(int).T
+    kind = size * 9 + y * 3 + x
+    n, hits = (np.bincount(kind, w, 27) for w in (None, hit))
+    recall, weight = hard_weights(hits, n, args.alpha)
+    bins = [dict(diameter=sizes[b // 9], x=b % 3, y=b // 3 % 3, lesions=int(n[b]), found=hits[b], recall=recall[b], weight=weight[b]) for b in range(27)]
+    slices = {}
+    for i in np.argsort(-a[:, 0], kind='stable'):                        # largest first, as in all requests
+        slices.setdefault(keys[i][:3], []).append(i)
+    w = np.array([weight[kind[i]].mean() for i in slices.values()])
+    p = (1 - args.lam) / len(w) + args.lam * w / w.sum()
+    conditions = [dict(folder=k[1], slice=k[2], p_real=1 / len(w), p=q, lesions=a[i, :3].tolist()) for (k, i), q in zip(slices.items(), p)]
+    about |= dict(lesions=len(a), size_edges=np.quantile(a[:, 0], (1 / 3, 2 / 3)).tolist(), recall=hit.mean(), alpha=args.alpha, lam=args.lam, ess=effective(p),
+                  bins=bins, conditions=conditions, input={f: hashlib.sha256(Path(f).read_bytes()).hexdigest() for f in args.lesions})
+    out.mkdir(parents=True, exist_ok=True)
+    atomic_write(out / 'hard.json', json.dumps(about, indent=1).encode())
+
+    features = {f'diameter, {about["unit"]}': (size, sizes), 'lesions in the slice': (np.clip(a[:, 3], 1, 3) - 1, ['1', '2', '3 or more']),
+                f'to the edge, {about["unit"]}': thirds(a[:, 4]), 'across': (x, ['left', 'middle', 'right']), 'along': (y, ['front', 'middle', 'back'])}
+    if np.isfinite(a[:, 6]).any():
+        features['to the ventricles'] = thirds(a[:, 6])
+    table, panels = [], {name: {} for name in features}
+    for name, told, found in ((name, told, hit[which == b]) for name, (which, names) in features.items() for b, told in enumerate(names)):
+        r, (low, high) = found.sum() / max(len(found), 1), wilson(found.sum(), len(found))
+        table.append([name, told, len(found), *(f'{v:.3f}' for v in (r, low, high))])
+        panels[name][f'{told} {r:.2f} of {len(found)}'] = dict(fake=r, fake_low=low, fake_high=high, floor=hit.mean())
+    header = ['feature', 'of', 'lesions', 'recall', 'low', 'high']
+    print_table(header, table)
+    write_csv(out / 'recall.csv', header, table)
+    bars(out / 'recall.png', panels)
+    cells = [Image.new('RGB', (64, 48), (128 + int(60 * math.log2(b['weight'])),) * 3) for b in bins]
+    for cell, b in zip(cells, bins):
+        ImageDraw.Draw(cell).text((5, 5), f'x {b["weight"]:.2f}\n{b["found"]:.0f} of {b["lesions"]}', (0, 0, 0) if b['weight'] > 0.8 else (255, 255, 255))
+    rows = [[np.asarray(cells[s + r + c]) if c < 3 else np.full((48, 12, 3), 255, np.uint8) for s in (0, 9, 18) for c in range(4)] for r in (0, 3, 6)]
+    save_grid(out / 'weights.png', rows, ['front', 'middle', 'back'])
+    print0(f'{len(a)} lesions in {len(w)} slices of {about["patients"]} patients, {len(about["arms"])} arms, {len(about["seeds"])} seeds: {hit.mean():.3f} found; '
+           f'{((n > 0) & (n < 10)).sum()} of {(n > 0).sum()} kinds have fewer than 10. Lesions of one patient are alike: intervals are too narrow')
+    print0(f'{out}/hard.json: drawn with lam {args.lam:g}, the {len(w)} slices count as {about["ess"]:.0f}; use it with sample.py --hard-cases; look at recall.png and '
+           f'weights.png: a map of the box each for diameters {sizes[0]}, {sizes[1]} and above')
+
+
 def main(args):
-    {'compare': compare, 'timesteps': timesteps, 'release': release, 'patients': patients, 'taxonomy': taxonomy, 'onset': onset}[args.command](args)
+    {'compare': compare, 'timesteps': timesteps, 'release': release, 'patients': patients, 'taxonomy': taxonomy, 'onset': onset,
+     'hard-cases': hard_cases}[args.command](args)
 
 
 if __name__ == '__main__':

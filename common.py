@@ -2212,6 +2212,11 @@ def wilson(k, n, z=1.959964):
     return max(middle - half, 0.0), min(middle + half, 1.0)
 
 
+def effective(w):
+    """How many equally weighted items weights w are worth (Kish 1965)."""
+    return float(np.sum(w) ** 2 / np.sum(np.square(w)))
+
+
 def holm(p):
     """p-values corrected for their number (Holm 1979): the k-th smallest times how many are left, never below the one before."""
     p, order = np.asarray(p, float), np.argsort(p, kind='stable')

@@ -4,11 +4,11 @@
   python evaluate.py cycle --fake runs/synthetic --data DIR       does a segmenter find the mask that an image was made from?
   python evaluate.py control --fake runs/asked                    do masks hold what was asked for (sample.py --count, --requests)?
   python evaluate.py downstream --fake runs/synthetic --data DIR  does a segmenter get better on real test patients by training on the set?
+  python evaluate.py downstream --engine nnunetv2 --iters 5000 --data DIR    the same with nnU-Net v2 itself, where it is installed
 
 Each leaves metrics.json, metrics.csv and pictures in --out. Reads files, changes none.
 """
-import functools
-import itertools
+import fcntl, functools, itertools, subprocess
 
 from common import *
 
@@ -50,6 +50,7 @@ def get_args(argv=None):
     g.add_argument('--arms', nargs='+', choices=ARMS, metavar='ARM', help=f'none: all that the sets allow of {", ".join(ARMS)}')
     g.add_argument('--cross-validate', type=number(int, 2), metavar='K', help='instead of the arms: K folds of training patients, writes cv_lesions.csv')
     g = c.add_argument_group('how')
+    g.add_argument('--engine', choices=('own', 'nnunetv2'), default='own', help='nnunetv2: trains and predicts with the nnU-Net v2 that is on the PATH')
     g.add_argument('--network', choices=('nnunet', *(f'mednext-{k}' for k in MEDNEXT)), default='nnunet', help="nnU-Net's, or MedNeXt's four sizes")
     g.add_argument('--kernel', choices=('3', '5', 'upkern'), default='3', help='of MedNeXt; upkern: half the steps with 3, then 5 from its weights')
     g.add_argument('--width', type=number(int, 1), default=32, help="features at full size; 32 is nnU-Net's and MedNeXt's, 8 suits a CPU")
@@ -605,14 +606,14 @@ def control(args):
     out = Path(args.out)
     made = json.loads((Path(args.fake) / 'sample.json').read_text())
     if not made.get('asked'):
-        fail(f'--fake {args.fake}: was made without --count or --requests')
+        fail(f'--fake {args.fake}: was made without --count, --requests or --hard-cases')
     requests = [np.array([[math.nan if v is None else v for v in lesion] for lesion in r]).reshape(-1, 3) for r in made['asked']]
     rows = read_csv(Path(args.fake) / 'manifest.csv')
     got, wish = [], []
     for r in rows:
         mask = read_nifti(Path(args.fake) / r['folder'] / 'seg.nii.gz')[0][0]
         got.append(lesion_records(mask))
-        wish.append(requests[int(r['index']) % len(requests)])
+        wish.append(requests[int(r['condition'].split(' request ')[1].split(':')[0])])
     side = made['pixels']
     other = [wish[i] for i in torch.randperm(len(wish), generator=generator(args.seed, 'shuffled')).tolist()]
 
@@ -675,7 +676,7 @@ ARMS = {f'{name}{end}': sets for end in ('', '_aug') for name, sets in
 PAIRS = [(f'{a}{end}', f'real{end}') for end in ('', '_aug') for a in ('synthetic', 'both', 'gated')] + [('real_aug', 'real')]
 METRICS = ('Dice', 'lesion-wise Dice', 'lesion recall', 'false positives a slice', 'HD95, mm', 'NSD')
 LESION = ['arm', 'seed', 'patient', 'folder', 'slice', 'lesion', 'diameter', 'area', 'x', 'y', 'count', 'edge', 'hit', 'unit']
-STUDY = ('data', 'fake', 'gated', 'split', 'size', 'network', 'kernel', 'width', 'batch_size', 'iters', 'minutes', 'seed')
+STUDY = ('data', 'fake', 'gated', 'split', 'size', 'engine', 'network', 'kernel', 'width', 'batch_size', 'iters', 'minutes', 'seed')
 
 
 def finish_downstream(args):
@@ -694,6 +695,11 @@ def finish_downstream(args):
         fail(f'--size {args.size}: must be a multiple of {multiple} for --network {args.network}')
     if args.network == 'nnunet' and args.kernel != '3':
         fail(f'--kernel {args.kernel}: is of MedNeXt; --network nnunet has 3')
+    if args.engine == 'nnunetv2' and (args.network != 'nnunet' or args.cross_validate or not args.iters):
+        fail('--engine nnunetv2: needs --iters N (its own recipe has 250000), --network nnunet and no --cross-validate')
+    for program in NNUNET if args.engine == 'nnunetv2' else ():
+        if not shutil.which(program):
+            fail(f'--engine nnunetv2: no {program} on the PATH; python3 -m venv nnunet && nnunet/bin/pip install nnunetv2, then PATH="$PWD/nnunet/bin:$PATH"')
     if args.iters and args.minutes:
         fail(f'--iters {args.iters} and --minutes {args.minutes:g}: give one of them')
     args.minutes = args.minutes or (None if args.iters else 5.0)
@@ -861,7 +867,10 @@ def trained_once(args, name, steps, arm_images, arm_masks, seed, augmented, imag
     file = Path(args.out) / 'results' / f'{name}.npz'
     if not file.exists():
         start = time.perf_counter()
-        found = train_segmenter(arm_images, arm_masks, steps, device, seed, args.network, args.width, args.kernel, args.batch_size, augmented)(images)
+        if args.engine == 'nnunetv2':
+            found = nnunetv2(args, name, steps, augmented, device)
+        else:
+            found = train_segmenter(arm_images, arm_masks, steps, device, seed, args.network, args.width, args.kernel, args.batch_size, augmented)(images)
         buffer = io.BytesIO()
         np.savez_compressed(buffer, found=found)
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -978,6 +987,99 @@ def cross_validate(args, images, masks, table, device):
     write_csv(out / 'cv_lesions.csv', LESION, rows)
     hits = [r[LESION.index('hit')] for r in rows]
     print0(f'{len(names)} training patients in {args.cross_validate} folds: {sum(hits)} of {len(hits)} lesions found; {out}/cv_lesions.csv')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# downstream --engine nnunetv2: the published program, through its command line, on the same slices
+# ---------------------------------------------------------------------------------------------------------------------
+NNUNET = ('nnUNetv2_plan_and_preprocess', 'nnUNetv2_train', 'nnUNetv2_predict')
+TRAINER = """import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.training.nnUNetTrainer.variants.data_augmentation.nnUNetTrainerNoDA import nnUNetTrainerNoDA
+
+
+class nnUNetTrainerShort(nnUNetTrainer):
+    def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict, device: torch.device = torch.device('cuda')):
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.num_epochs, self.num_iterations_per_epoch, self.num_val_iterations_per_epoch, self.save_every = {epochs}, {steps}, 1, 1
+
+
+class nnUNetTrainerShortNoDA(nnUNetTrainerShort, nnUNetTrainerNoDA):
+    pass
+"""
+
+
+def export_nnunet(args, arm, raw):
+    """Writes an arm as nnU-Net v2's raw data: training slices real_*, syn_*, those of val patients val_*, test slices test_*. dataset.json last.
+
+    Every pixel measures 1 and a slice is 999 thick, so that nnU-Net sees the same 64 x 64 (or --size) pixels as --engine own, resamples nothing.
+    """
+    shutil.rmtree(raw, ignore_errors=True)
+    for folder in ('imagesTr', 'labelsTr', 'imagesTs'):
+        (raw / folder).mkdir(parents=True)
+    n = 0
+    for part in ('train', 'val', 'test'):
+        images, masks, table = arm_slices(args, arm, part)
+        if not table:
+            fail(f'--data {" ".join(args.data)}: no slice of a {part} patient, and nnU-Net needs some; see --split')
+        for i, (image, mask, row) in enumerate(zip(images, masks, table)):
+            name = f'{part if part != "train" else "real" if row["root"] in map(str, args.data) else "syn"}_{i:06d}'
+            for folder, a in ((f'images{"Ts" if part == "test" else "Tr"}/{name}_0000', image), *([] if part == 'test' else [(f'labelsTr/{name}', mask)])):
+                nib.save(nib.Nifti1Image(a[0].T[..., None], np.diag([1.0, 1, 999, 1])), raw / f'{folder}.nii.gz')
+            n += part != 'test'
+    atomic_write(raw / 'dataset.json', json.dumps(dict(channel_names={'0': 'T1'}, labels=dict(background=0, tumour=1), numTraining=n, file_ending='.nii.gz')).encode())
+
+
+def nnunetv2(args, name, steps, augmented, device):
+    """What nnU-Net v2, trained on an arm, finds in the test slices: (N,S,S) bool. Goes on where a killed call stopped: export, plans, epoch.
+
+    Every arm has raw data, plans, splits and results of its own. Real val patients validate, synthetic slices only train. Its last weights
+    are taken, without mirrors at test time, as --engine own does. It draws from no seed: seeds are repeats.
+    """
+    arm, seed = name.rsplit('_', 1)
+    root, here = Path(args.out).resolve() / 'nnunet' / arm, 'Dataset001_study'
+    raw, plans = root / 'raw' / here, root / 'preprocessed' / here
+    env = {'nnUNet_def_n_proc': '1', 'nnUNet_compile': 'f', **os.environ, 'nnUNet_raw': str(raw.parent),
+           'nnUNet_preprocessed': str(plans.parent), 'nnUNet_results': str(root / f'results_{seed}'), 'nnUNet_extTrainer': str(root / 'trainer')}
+    root.mkdir(parents=True, exist_ok=True)
+    with open(root / 'lock', 'w') as lock:                                # its programs hold it too: one may outlive a killed call
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            fail(f'{root}: another process is still at work there; end it, or wait')
+
+        def run(program, *flags):
+            log = root / f'{program}_{seed}.log'
+            print0(f'{name}: {program} {" ".join(flags)}; log: {log}')
+            with open(log, 'w') as f:
+                more = {'nnUNet_n_proc_DA': os.environ.get('nnUNet_n_proc_DA', '0') if program == NNUNET[1] else '1'}           # its planner fails with 0
+                code = subprocess.run([program, *flags], env={**env, **more}, stdin=subprocess.DEVNULL, stdout=f, stderr=subprocess.STDOUT, pass_fds=[lock.fileno()]).returncode
+            if code:
+                last = [line for line in log.read_text(errors='replace').splitlines() if line.strip()][-1:]
+                fail(f'{program} ended with code {code}: {"".join(last) or "it said nothing"}; see {log}. The same command tries this step again; to begin the arm anew, '
+                     f'remove {root}', 1)
+
+        if not (raw / 'dataset.json').exists():
+            export_nnunet(args, arm, raw)
+        cases = sorted(f.name[:-7] for f in (raw / 'labelsTr').iterdir())
+        if not (plans / 'splits_final.json').exists():
+            run(NNUNET[0], '-d', '1', '-c', '2d', '--verify_dataset_integrity', '-np', '1', '-npfp', '1')
+            told = json.loads((plans / 'nnUNetPlans.json').read_text())
+            net = told['configurations']['2d']
+            net['batch_size'], shape = args.batch_size, net['architecture']['arch_kwargs']
+            shape['features_per_stage'] = [min(args.width * 2 ** i, 512) for i in range(shape['n_stages'])]
+            atomic_write(plans / 'nnUNetPlans.json', json.dumps(told, indent=1).encode())
+            folds = [dict(train=[c for c in cases if not c.startswith('val_')], val=[c for c in cases if c.startswith('val_')])]
+            atomic_write(plans / 'splits_final.json', json.dumps(folds, indent=1).encode())
+        epochs = min(20, steps)
+        (root / 'trainer').mkdir(exist_ok=True)
+        (root / 'trainer/short.py').write_text(TRAINER.format(epochs=epochs, steps=round(steps / epochs)))
+        how = ('-device', torch.device(device).type, '-tr', 'nnUNetTrainerShort' if augmented else 'nnUNetTrainerShortNoDA')
+        if not (root / f'results_{seed}' / here / f'{how[-1]}__nnUNetPlans__2d/fold_0/checkpoint_final.pth').exists():
+            run(NNUNET[1], '1', '2d', '0', *how, '--c')
+        run(NNUNET[2], '-i', str(raw / 'imagesTs'), '-o', str(root / f'found_{seed}'), '-d', '1', '-c', '2d', '-f', '0', *how, '--disable_tta', '-npp', '1', '-nps', '1')
+    files = sorted((root / f'found_{seed}').glob('test_*.nii.gz'))
+    return np.stack([np.asarray(nib.load(f).dataobj)[..., 0].T > 0 for f in files])
 
 
 HEADER = ['metric', 'fake', 'fake_low', 'fake_high', 'floor', 'floor_low', 'floor_high', 'above_low', 'above_high']

@@ -5,6 +5,7 @@
   python sample.py --masks runs/masks --bravo runs/bravo --n 15000     masks that an earlier call made (--seg alone)
   python sample.py --data DIR --bravo runs/bravo --n 4096 --pairs --out runs/pairs   noise and image, for train_bravo.py --reflow
   python sample.py --seg runs/seg --count 3 --size 8 --location 0.6,0.4   masks as asked for (train_seg.py --controllable)
+  python sample.py --seg runs/seg --hard-cases runs/hard/hard.json        masks of the kinds that a segmenter misses (analysis.py hard-cases)
   python sample.py --seg runs/seg --bravo runs/bravo --gate runs/detector    only images that a detector calls good (classifier.py train)
   python sample.py --data DIR --part test --per-patient 100 --bravo runs/bravo    100 images for each patient, on masks of that patient
 
@@ -33,6 +34,7 @@ def get_args(argv=None):
     g.add_argument('--size', type=numbers(float, 0), help='their diameters, mm, as 8 or 8,5; none: any')
     g.add_argument('--location', nargs='+', type=numbers(float, 0, 1), metavar='X,Y', help='their centres, from the left and the top of the box; none: any')
     g.add_argument('--requests', metavar='FILE', help='CSV count,size,x,y with a line for each mask in turn; several values as 8;5')
+    g.add_argument('--hard-cases', metavar='FILE', help='hard.json of analysis.py hard-cases: lesions that a segmenter often misses are asked for more often')
     g = p.add_argument_group('guidance (models trained with --p-uncond)')
     g.add_argument('--cfg', type=number(float, 0), default=1.0, help='weight of the mask on the image; 1: none, one forward a step')
     g.add_argument('--seg-cfg', type=number(float, 0), default=1.0, help='weight of the request on the mask')
@@ -106,11 +108,15 @@ def get_args(argv=None):
     if args.lora_scale is not None and args.weights == 'raw':
         fail('--weights raw: is --lora-scale 0 of a run of draft.py; give one of them')
     args.n = args.n or 16
-    asked = [f'--{k}' for k in ('count', 'size', 'location', 'requests') if getattr(args, k) is not None]
+    asked = [f'--{k.replace("_", "-")}' for k in ('count', 'size', 'location', 'requests', 'hard_cases') if getattr(args, k) is not None]
     if asked and not args.seg:
         fail(f'{asked[0]}: says what a mask model draws; give it with --seg')
-    if args.requests and len(asked) > 1:
-        fail(f'--requests and {asked[0]}: give one of them')
+    if (args.requests or args.hard_cases) and len(asked) > 1:
+        fail(f'{asked[-1]} and {asked[0]}: give one of them')
+    if args.hard_cases and (args.pairs or args.learn_steps):
+        fail('--hard-cases: writes into manifest.csv how likely each mask was; leave --pairs and --learn-steps away')
+    if args.hard_cases and not Path(args.hard_cases).is_file():
+        fail(f'--hard-cases {args.hard_cases}: no such file; write it with analysis.py hard-cases')
     if (args.size or args.location) and (args.count is None or max(len(args.size or ()), len(args.location or ())) > args.count):
         fail(f'--size and --location describe the lesions of --count; count is {args.count}')
     if any(len(at) != 2 for at in args.location or ()):
@@ -281,6 +287,26 @@ def read_requests(args, run):
     return out
 
 
+def read_hard(path, run):
+    """The mixture of analysis.py hard-cases: requests as read_requests gives them, and of each p and p_real / p, the weight that undoes the choice."""
+    try:
+        told = json.loads(Path(path).read_text())
+        side = run.args.size * (sum(run.spacing) / 2 if told['unit'] == 'mm' else 1)              # of the box, in the file's unit
+        requests = [np.array(c['lesions'], float).reshape(-1, 3) / (side, 1, 1) for c in told['conditions']]
+        p, real = (torch.tensor([c[k] for c in told['conditions']], dtype=torch.float64) for k in ('p', 'p_real'))
+        good = len(p) > 0 and bool((p > 0).all()) and all(abs(v.sum().item() - 1) < 1e-6 for v in (p, real)) and all(np.isfinite(r).all() for r in requests)
+    except (ValueError, KeyError, TypeError):
+        good = False
+    if not good:
+        fail(f'--hard-cases {path}: expected a JSON with unit and conditions of lesions, p, p_real, as analysis.py hard-cases writes it')
+    return requests, p, real / p
+
+
+def draw_condition(p, seed, i):
+    """The number of image i's condition, drawn with probabilities p from a generator of its own."""
+    return int(torch.multinomial(p, 1, generator=generator(seed, 'hard', i)))
+
+
 def draw(run, args, keys, what, steps, mask=None, level=None, callback=None, requests=None, trace=None):
     """x_0 (B,C,...) in the process's space and range for images of these keys: (i,) for image i, (i, j) for its candidate j > 0. Each has
     a generator of its own, so that its noise is the same bits whatever shares its batch. trace: gets the steps of --sampler adaptive."""
@@ -344,6 +370,7 @@ class Masks:
 # What is kept. A patient has rounds of --best-of candidates; the best of a round is kept if it may be, else there is another
 # round. Candidate 0 is what plain sampling draws, so a gate that lets all pass changes nothing.
 # ---------------------------------------------------------------------------------------------------------------------
+HARD = ['log_p', 'weight']
 HEADER = ['folder', 'index', 'seed', 'condition', 'source_patient', 'level', 'tumour_pixels', 'sampler', 'steps', 'bravo', 'seg']
 JUDGED = ['candidate', 'p_bad', *CLASSES, 'nearest_train', 'lesions', 'diameters_mm']
 REJECTED = ['index', 'seed', 'condition', 'source_patient', 'tumour_pixels', *JUDGED, 'why']
@@ -420,10 +447,11 @@ class Set:
 
     def __init__(self, args, runs, requests, judge):
         self.out, last = Path(args.out), list(runs.values())[-1]
-        self.headers = {'manifest': HEADER + JUDGED, 'rejected': REJECTED} if judge.on else {'manifest': HEADER}
+        head = HEADER + (HARD if args.hard_cases else [])
+        self.headers = {'manifest': head + JUDGED, 'rejected': REJECTED} if judge.on else {'manifest': head}
         same = {k: v for k, v in plain(args).items() if k not in ('n', 'batch_size', 'device', 'compile', 'out', 'cache', 'max_draws', 'rate')}
         same.update({k: r.hash for k, r in runs.items()}, pixels=last.args.size, box=list(last.box), per_patient=bool(args.per_patient) or None,
-                    gate=judge.detector and judge.detector.hash,
+                    gate=judge.detector and judge.detector.hash, hard=args.hard_cases and hashlib.sha256(Path(args.hard_cases).read_bytes()).hexdigest(),
                     asked=[[[None if math.isnan(v) else round(float(v), 6) for v in lesion] for lesion in r] for r in requests])
         note = self.out / 'sample.json'
         if note.exists():
@@ -593,8 +621,12 @@ def main(args):
     if len(runs) == 2 and max(abs(a - b) for a, b in zip(runs['seg'].box, main_run.box)) > 0.02:
         print0(f'note: the mask model saw the brain box {runs["seg"].box}, the image model {main_run.box}; masks may not fit')
     requests = read_requests(args, runs['seg']) if args.seg else []
+    wish = lambda i: i % len(requests)
+    if args.hard_cases:
+        requests, p, undo = read_hard(args.hard_cases, runs['seg'])
+        wish = lambda i: draw_condition(p, args.seed, i)
     if requests and not runs['seg'].args.controllable:
-        fail(f'--count and --requests: {runs["seg"].path} was trained without --controllable')
+        fail(f'--count, --requests and --hard-cases: {runs["seg"].path} was trained without --controllable')
     if args.seg and not requests and runs['seg'].args.controllable and not runs['seg'].args.p_uncond:
         fail(f'--seg {runs["seg"].path}: was trained with --controllable and no --p-uncond, so it must be told what to draw; give --count or --requests')
     judge = Judge(args, main_run, device)
@@ -613,10 +645,10 @@ def main(args):
             mask = torch.from_numpy(np.stack([p[0] for p in picked])).float()[:, None].to(device)
             return mask, torch.tensor([p[1] for p in picked]), [p[2:] for p in picked]
         level = torch.tensor([masks.level(i) for i in ids])
-        asked = [requests[i % len(requests)] for i in ids] if requests else None
+        asked = [requests[wish(i)] for i in ids] if requests else None
         keys = [(i, r) if r else (i,) for i, r in zip(ids, rounds or [0] * len(ids))]
         drawn = runs['seg'].process.from_range(draw(runs['seg'], args, keys, 'mask', args.seg_steps, level=level, requests=asked))
-        told = [f'seg:{runs["seg"].hash}' + (f' request {i % len(requests)}: {len(r)} lesions' if asked else '') for i, r in zip(ids, asked or ids)]
+        told = [f'seg:{runs["seg"].hash}' + (f' request {wish(i)}: {len(r)} lesions' if asked else '') for i, r in zip(ids, asked or ids)]
         return (drawn > 0).float(), level, [('', t, runs['seg'].spacing) for t in told]
 
     if args.learn_steps:
@@ -679,7 +711,8 @@ def main(args):
                 folder = f'syn_{args.seed}_{i:06d}'
                 write_item(out, folder, best['image'], m, spacing, best['steps'])
                 made.add('manifest', [folder, i, args.seed, condition, source, f'{z:.4f}', int(m.sum()), name, len(ts) - 1,
-                                      *(runs[k].hash if k in runs else '' for k in ('bravo', 'seg')), *best['row']])
+                                      *(runs[k].hash if k in runs else '' for k in ('bravo', 'seg')),
+                                      *([f'{p[wish(i)].log().item():.6f}', f'{undo[wish(i)].item():.6f}'] if args.hard_cases else []), *best['row']])
                 kept += 1
                 bar.update()
         seen += len(batch)
@@ -703,6 +736,8 @@ def main(args):
             plot_steps(out / 'steps.png', traces, args, guidance)
         rate = f'{kept * world() / seconds:.2f} images/s, ' if kept else ''
         print0(f'{out}: {len(rows)} patients ({rate}{empty} without tumour); look at {out}/grid.png')
+        if args.hard_cases and rows:
+            print0(f'weights of manifest.csv (p_real / p) undo the choice: {len(rows)} masks then count as {effective([float(r["weight"]) for r in rows]):.1f}')
         if judge.on:
             report_choice(args, judge, rows, rejected[0])
         if len(rows) < args.n:
