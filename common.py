@@ -2358,7 +2358,7 @@ PRESETS = {
 MODELS = {'unet': ('channels', 'attention', 'layers', 'head_channels', 'norm_groups'),      # and the flags that shape each
           **dict.fromkeys(('dit', 'mmdit', 'mamba'), ('model_size', 'patch', 'width', 'depth', 'heads'))}
 YOUNGER = dict(model='unet', patch=None, width=None, depth=None, heads=None, p_uncond=0.0, controllable=False, sparse24=False, checkpointing=False,
-               progressive=None)                                                            # flags that older runs do not hold
+               progressive=None, neighbours=0)                                              # flags that older runs do not hold
 # May differ when a run goes on; everything else must be as it was.
 FREE = {'device', 'dtype', 'compile', 'checkpointing', 'dry_run', 'out', 'save_every', 'sample_every', 'keep_every', 'cache', 'data', 'minutes', 'lr_find',
         'perceptual_weights', 'lpips_weights', 'init', 'split', 'bravo', 'reward'}
@@ -2930,6 +2930,9 @@ def load_init(net, args):
             if theirs[name] != getattr(args, name):
                 fail(f'--init {args.init}: was trained with {name} {theirs[name]}, this run has {getattr(args, name)}; make them agree')
         args.init_range = theirs.get('init_range')
+        behind = [['mask-present'] * bool(a['p_uncond']) + ['neighbour'] * a.get('neighbours', 0) for a in (theirs, vars(args))]
+        if 'neighbour' in sum(behind, []) and behind[0] != behind[1][:len(behind[0])]:           # channels of another meaning, if as many
+            fail(f'--init {args.init}: was trained with p_uncond {theirs["p_uncond"]:g}, neighbours {theirs["neighbours"]}; make them agree')
     else:
         if not args.init_target:
             fail(f'--init {args.init}: is not a run of ours; say what it predicts with --init-target eps|v|x0|x0-eps')
@@ -2948,10 +2951,11 @@ def load_init(net, args):
     fit_pruned(net, weights)
     mine, key, pixels = plain_names(net.state_dict()), *(('conv_in.weight', 1) if args.model == 'unet' else ('embed.weight', args.patch ** 2))
     first = weights.get(key)
-    if args.p_uncond and first is not None and first.ndim == mine[key].ndim and first.shape[1] == mine[key].shape[1] - pixels:
-        weights[key] = F.pad(first.unflatten(1, (pixels, -1)), (0, 0) * (first.ndim - 2) + (0, 1)).flatten(1, 2)   # mask-present starts without effect
-    if 'null' in mine:
-        weights.setdefault('null', mine['null'])                                              # MMDiT's, of a run without --p-uncond
+    more = 0 if first is None or first.ndim != mine[key].ndim else mine[key].shape[1] // pixels - first.shape[1] // pixels
+    if 0 < more <= (args.p_uncond > 0) + getattr(args, 'neighbours', 0):                      # mask-present and neighbours start without effect
+        weights[key] = F.pad(first.unflatten(1, (pixels, -1)), (0, 0) * (first.ndim - 2) + (0, more)).flatten(1, 2)
+    for k in [k for k in mine if k == 'null' or k.startswith('extra_embed.') and args.slice_level]:
+        weights.setdefault(k, mine[k])                                  # MMDiT's, of a run without --p-uncond; the slice level starts without effect
     wrong = [f'{k} is {tuple(weights[k].shape) if k in weights else "missing"}, here {tuple(v.shape)}' for k, v in mine.items()
              if k not in weights or weights[k].shape != v.shape] + [f'{k} has no place here' for k in weights if k not in mine]
     if wrong:
