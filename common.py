@@ -852,11 +852,16 @@ class GroupNorm(nn.GroupNorm):
         return super().forward(x)
 
 
+WATCHERS = []       # functions that see queries, keys and mask of every attention before it is computed (analysis.py attention)
+
+
 def attention(q, k, v, mask=None, fused=False):
     """softmax(q k^T / sqrt(d)) v for (B, heads, N, d), over the keys where mask (B,1,1,M) is true. Every attention goes through here.
 
     fused: on the CPU too torch's kernel where no gradient is wanted; in fp32 it makes a forward of DiT-S/4 a tenth shorter.
     """
+    for see in WATCHERS:
+        see(q, k, mask)
     if mask is not None or q.device.type == 'cuda' or fused and q.dtype == torch.float32 and not torch.is_grad_enabled():
         return F.scaled_dot_product_attention(q, k, v, mask)
     return CPUAttention.apply(q * q.shape[-1] ** -0.5, k, v)
@@ -1957,13 +1962,14 @@ def build_process(args):
     return process
 
 
-def mask_condition(mask, p_uncond, present=None):
+def mask_condition(mask, p_uncond, present=None, near=None):
     """The mask channels of a network. Trained with --p-uncond it has one more, mask-present: an empty mask is a condition
-    ("no tumour"), so what says "no condition" is that channel, 0 with an empty mask where `present` (B,) is False."""
-    if not p_uncond:
-        return mask
-    here = torch.ones_like(mask) if present is None else like(present.to(mask), mask).expand_as(mask)
-    return torch.cat([mask * here, here], 1)
+    ("no tumour"), so what says "no condition" is that channel, 0 with an empty mask where `present` (B,) is False.
+    near (B,K,S,S): behind them the slices below (train_bravo.py --neighbours), 0 where there is none."""
+    if p_uncond:
+        here = torch.ones_like(mask) if present is None else like(present.to(mask), mask).expand_as(mask)
+        mask = torch.cat([mask * here, here], 1)
+    return mask if near is None else torch.cat([mask, near.to(mask)], 1)
 
 
 class Guidance:

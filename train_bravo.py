@@ -467,7 +467,7 @@ def straightness(net, process, pairs, args, device, n=64, steps=25):
 def below(table, k):
     """Row numbers of the k slices below each of a table's, the nearest first: (N,k); -1 where its folder has none."""
     of = [(r['root'], r['folder']) for r in table]
-    return np.array([[i - j if i >= j and of[i - j] == of[i] else -1 for j in range(1, k + 1)] for i in range(len(of))]).reshape(-1, k)
+    return np.array([[i - j if i >= j and of[i - j] == of[i] else -1 for j in range(1, k + 1)] for i in range(len(of))], np.int64).reshape(len(of), k)
 
 
 def worn(near, u, noise):
@@ -510,11 +510,6 @@ def main(args):
             return None
         return torch.tensor(sets[size].images[lower[picked]][:, :, 0] * (lower[picked] >= 0)[..., None, None].astype(np.float32))
 
-    def conditions(mask, shown=None, present=None):
-        """The channels that the network sees beside x_t: mask, mask-present (with --p-uncond), neighbours."""
-        mask = mask_condition(mask, args.p_uncond, present)
-        return mask if shown is None else torch.cat([mask, shown.to(mask)], 1)
-
     def to_x_0(images, picked):
         """x_0 of a batch; latents were encoded once, but an augmented image has another latent."""
         known = latents is not None and not args.augment
@@ -531,7 +526,7 @@ def main(args):
     process.space = space
     if args.prune and not state:                                             # of the network from --init; the training goes on with what is left
         x_0, mask, extra = (v if v is None else v.to(device) for v in batch(rows[:64]))
-        prune(net, process, args, process.to_range(x_0), conditions(mask, near(rows[:64])), None, extra)
+        prune(net, process, args, process.to_range(x_0), mask_condition(mask, args.p_uncond, near=near(rows[:64])), None, extra)
     if state:
         fit_pruned(net, state['net'])
         net.load_state_dict(state['net'])
@@ -585,7 +580,7 @@ def main(args):
                 shown = torch.where(none, 0.0, x_0[:, 1:].cpu()) if args.augment else shown
                 x_0, shown = x_0[:, :1], worn(shown, w[mine], wear[mine])
             x_0, times = x_0 if pairs else to_x_0(x_0, picked[mine]), t[mine].to(device, non_blocking=True)
-            given = conditions(mask, shown, present[mine])
+            given = mask_condition(mask, args.p_uncond, present[mine], shown)
             last = k == args.accumulate - 1
             with contextlib.nullcontext() if last or world() == 1 else model.no_sync():
                 with autocast(device, args.dtype):
@@ -617,7 +612,7 @@ def main(args):
         for part in (slice(i, i + args.batch_size) for i in range(0, len(picked), args.batch_size)):
             x_0, mask, extra, eps, times = (v if v is None else v.to(device) for v in (*batch(picked[part]), noise[part], t[part]))
             with autocast(device, args.dtype):
-                square = process.loss(network, to_x_0(x_0, picked[part]), eps, times, conditions(mask, near(picked[part])), extra=extra)[1]
+                square = process.loss(network, to_x_0(x_0, picked[part]), eps, times, mask_condition(mask, args.p_uncond, near=near(picked[part])), extra=extra)[1]
             losses.add(1, process.log_snr(times), square, None if space.about else mask)
         return losses.held_out()
 
@@ -630,7 +625,7 @@ def main(args):
         picked = pool[np.linspace(0, len(pool), 8, endpoint=False).astype(int)]
         x_0, mask, extra = (v if v is None else v.to(device) for v in batch(picked, size))
         twice = lambda v: v if v is None else torch.cat([v, v])
-        denoise = make_denoise(ema.net, process, twice(conditions(mask, near(picked, size))), None, twice(extra), args.dtype, clip=not args.rflow and not space.about)
+        denoise = make_denoise(ema.net, process, twice(mask_condition(mask, args.p_uncond, near=near(picked, size))), None, twice(extra), args.dtype, clip=not args.rflow and not space.about)
         noise = torch.cat([torch.randn(len(x_0), *space.shape(size), generator=generator('picture', k)) for k in range(2)]).to(device)
         made = sample_ddim(denoise, noise, process.times(min(25 if args.rflow else 50, args.steps or 25), shift=process.shift), process)
         rows_ = process.from_range(made).float().cpu()[:, 0].chunk(2)
