@@ -493,16 +493,21 @@ def tumour_rows(run, args):
     return data.images[rows][:, 0], torch.tensor(data.masks[rows]).float(), torch.tensor([data.table[i]['level'] for i in rows])
 
 
-def denoiser(run, args, mask=None, level=None, context=None):
-    """The denoise closure of a run for masks in pixels, without guidance, and the solver that it is used with by default."""
-    none = mask.new_zeros(len(mask), run.args.neighbours, *mask.shape[2:]) if mask is not None and run.args.neighbours else None
-    mask = None if mask is None else mask_condition(mask, run.args.p_uncond, near=none)
-    name, _, clip = default_solver(run.args)
-    return make_denoise(run.net, run.process, mask, context, level[:, None] if run.args.slice_level else None, args.dtype, clip and not run.process.space.about), name
+def denoiser(run, mask, level, context=None):
+    """The denoise closure of a run for masks (B,1,S,S) or None, in fp32 and without guidance."""
+    if mask is not None:
+        none = mask.new_zeros(len(mask), run.args.neighbours, *mask.shape[2:]) if run.args.neighbours else None
+        mask = mask_condition(mask, run.args.p_uncond, near=none)
+    clip = default_solver(run.args)[2] and not run.process.space.about
+    return make_denoise(run.net, run.process, mask, context, level[:, None] if run.args.slice_level else None, clip=clip)
 
 
-def noise_of(run, keys):
-    return torch.stack([torch.randn(run.process.space.shape(run.args.size), generator=generator(*k)) for k in keys])
+def walk(run, denoise, keys, device, steps=None, callback=None):
+    """x_0 by the run's usual solver, the noise of each image from a generator of its own."""
+    name, steps, _ = default_solver(run.args, None, steps)
+    sources = [generator(*k) for k in keys]
+    noise = lambda: torch.stack([torch.randn(run.process.space.shape(run.args.size), generator=g) for g in sources]).to(device)
+    return SAMPLERS[name](denoise, noise(), run.process.times(steps, shift=run.process.shift), run.process, noise, callback)
 
 
 @contextlib.contextmanager
@@ -563,11 +568,9 @@ def attention_maps(args):
     requests = [lesion_records(m) for m in mask[:, 0].numpy()] if run.args.controllable else None
     context = lesion_tokens(requests).to(device) if requests else None
     mask, level = mask.to(device), level.to(device)
-    denoise, name = denoiser(run, args, mask if bravo else None, level, context)
-    ts = run.process.times(default_solver(run.args)[1], shift=run.process.shift)
-    at, kept = {int((ts[:-1] - t).abs().argmin()) for t in args.times}, []
-    x_0 = SAMPLERS[name](denoise, noise_of(run, [(args.seed, 'image', i) for i in range(args.n)]).to(device), ts, run.process, None,
-                         lambda i, t, x, _: kept.append((ts[i], x)) if i in at else None)
+    denoise, states = denoiser(run, mask if bravo else None, level, context), []
+    x_0 = walk(run, denoise, [(args.seed, 'image', i) for i in range(args.n)], device, None, lambda i, t, x, _: states.append((t, x)))
+    kept = [states[i] for i in sorted({min(range(len(states)), key=lambda i: abs(states[i][0] - t)) for t in args.times})]
     images = run.process.from_range(x_0).clamp(-1, 1)[:, 0].cpu().numpy()
     region = mask if bravo else (run.process.from_range(x_0) > 0).float()
     use = [b for b in range(args.n) if region[b].any()]
@@ -595,9 +598,9 @@ def attention_maps(args):
                 start += n
 
     changes = []
-    away = [denoiser(run, args, m, level, context)[0] for m in (torch.zeros_like(mask), mask.flip(3))] if bravo else ()
+    away = [denoiser(run, m, level, context) for m in (torch.zeros_like(mask), mask.flip(3))] if bravo else ()
     for t, x in kept:
-        t_now = float(t)
+        t_now = round(t, 6)
         with watching(net, see):
             own = denoise(x, t)[0]
         changes.append([(run.process.from_range(f(x, t)[0]) - run.process.from_range(own))[:, 0].abs().cpu().numpy() for f in away])
@@ -608,40 +611,42 @@ def attention_maps(args):
              for layer, to, t in dict.fromkeys((r['layer'], r['to'], r['t']) for r in sorted(found, key=lambda r: (r['to'], r['layer'], -r['t'])))]
     header = ['layer', 'to', 't', 'lift', 'lift of mirror', 'mirror on tumour', 'AUROC']
     write_csv(out / 'attention.csv', header, table)
-    print_table(header, table)
-    about = dict(run=run.hash, images=len(use), times=[float(t) for t, _ in kept])
-    for kind in dict.fromkeys(r['to'] for r in found):
-        per = np.array([mean([r for r in found if r['image'] == b and r['to'] == kind]) for b in use])
-        about[kind] = {}
+    about = dict(run=run.hash, images=len(use), times=[round(t, 6) for t, _ in kept])
+    layers = list(dict.fromkeys((r['layer'], r['to']) for r in found))
+    for layer, to in layers:                                       # layers do opposite things: no mean over them
+        per = np.array([mean([r for r in found if (r['image'], r['layer'], r['to']) == (b, layer, to)]) for b in use])
+        told = about[f'{layer} to {to}'] = {}
         for k, v in zip(numbers_, per.T):
             v = v[np.isfinite(v)]                                                                      # keys that are no grid have no mirror
             if len(v):
                 draws = v[torch.randint(len(v), (1000, len(v)), generator=generator(args.seed, 'attention')).numpy()].mean(1)
-                about[kind][k] = [float(v.mean()), *map(float, np.percentile(draws, (2.5, 97.5)))]
-        print0(f'tumour tokens to {kind}: ' + ', '.join('{} {:.2f} [{:.2f}, {:.2f}]'.format(k, *v) for k, v in about[kind].items()) + ' (mean of layers and t; 1 and 0.5: chance)')
+                told[k] = [float(v.mean()), *map(float, np.percentile(draws, (2.5, 97.5)))]
+        print0(f'{layer} to {to}, mean of t: ' + ', '.join('{} {:.2f} [{:.2f}, {:.2f}]'.format(k, *v) for k, v in told.items()))
+    print0('lift 1 and AUROC 0.5: chance; 95 % over images')
     R, body = region[:, 0].cpu().numpy() > 0, np.stack([head_mask(i[None])[0] for i in images])
     M = np.flip(R, 2) & ~R
     spots = {'tumour': R, 'mirror': M, 'rest of head': body & ~R & ~M}
     for k, what in enumerate(('removed', 'mirrored') if bravo else ()):
-        rows = [[f'{float(t):g}', *(float(np.nanmean([c[k][b][s[b]].mean() if s[b].any() else math.nan for b in use])) for s in spots.values())] for (t, _), c in zip(kept, changes)]
+        rows = [[f'{t:g}', *(float(np.nanmean([c[k][b][s[b]].mean() if s[b].any() else math.nan for b in use])) for s in spots.values())] for (t, _), c in zip(kept, changes)]
         about[f'mask {what}'] = rows
         print0(f'mask {what}: mean |change of x0_hat|')
         print_table(['t', *spots], [[r[0], *(f'{v:.3f}' for v in r[1:])] for r in rows])
     atomic_write(out / 'attention.json', json.dumps(about, indent=1).encode())
-    layers = list(dict.fromkeys(r['layer'] for r in found))
-    plot(out / 'lift.png', {layer[-28:]: list(zip(*[(t, np.nanmean([r['lift'] for r in found if r['layer'] == layer and r['t'] == t])) for t in about['times']])) for layer in layers[:8]},
+    of = lambda which, t: [r for r in found if (r['layer'], r['to']) == which and r['t'] == t]
+    plot(out / 'lift.png', {f'{w[0][-24:]} to {w[1]}': (about['times'], [mean(of(w, t))[0] for t in about['times']]) for w in layers[:8]},
          'attention of the tumour on itself or its mask', 't (0: image, 1: noise)', 'times chance')
-    zoom, rows, labels = max(1, 128 // size), [], []
-    side = max(r['map'].size for r in found)
+    zoom, rows, labels, middle = max(1, 128 // size), [], [], about['times'][len(kept) // 2]
+    shown = [layers[i] for i in sorted({round(v) for v in np.linspace(0, len(layers) - 1, max(len(kept), 4))})]
     for b in sorted(use, key=lambda b: -R[b].sum())[:4]:
-        maps = [np.mean([np.sqrt(r['map'].reshape((math.isqrt(r['map'].size),) * 2)) for r in found if r['image'] == b and r['t'] == t and r['map'].size == side], 0) ** 2 for t in about['times']]
-        rows.append([outline(images[b], R[b], (90, 220, 255), zoom), *(heat(images[b], m, R[b], zoom) for m in maps)])
-        labels.append('attention')
+        maps = [next(r['map'] for r in of(w, middle) if r['image'] == b) for w in shown]
+        rows.append([outline(images[b], R[b], (90, 220, 255), zoom), *(heat(images[b], m.reshape(-1, math.isqrt(m.size)), R[b], zoom) for m in maps)])
+        labels.append('layers')
         if bravo:
             rows.append([to_rgb(images[b]).repeat(zoom, 0).repeat(zoom, 1), *(heat(images[b], c[0][b], R[b], zoom) for c in changes)])
-            labels.append('mask removed')
+            labels.append('no mask')
     save_grid(out / 'attention.png', rows, labels)
-    print0(f'look at {out}/attention.png (columns: t = {", ".join(f"{t:g}" for t in about["times"])}) and lift.png')
+    print0(f'look at {out}/attention.png: where the tumour looks at t = {middle:g} in {", ".join(f"{a} to {b}" for a, b in shown)}'
+           + (f'; what goes without the mask at t = {", ".join(f"{t:g}" for t in about["times"])}' if bravo else '') + '; and lift.png')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -674,16 +679,15 @@ def uncertainty(args):
 
     def draws(model, run, steps):
         """(K,N,S,S) in fp64; kept in a file, so that a stopped command goes on. Each model has noise of its own: what they share would look like agreement."""
-        name, steps, _ = default_solver(run.args, None, steps)
+        steps = default_solver(run.args, None, steps)[1]
         key = hashlib.sha256(repr((run.hash, mask.numpy().tobytes(), level.tolist(), K, args.seed, model, steps)).encode()).hexdigest()[:16]
-        file, parts, ts = out / f'draws_{key}.npy', [], run.process.times(steps, shift=run.process.shift)
+        file, parts = out / f'draws_{key}.npy', []
         if not file.exists():
             for k in progress(range(K), f'{run.path}, {steps} steps', leave=False):
                 for i in range(0, N, 16):
-                    sources = [generator(args.seed, 'image', model, j, k) for j in range(i, min(i + 16, N))]
-                    fresh = lambda: torch.stack([torch.randn(run.process.space.shape(run.args.size), generator=g) for g in sources]).to(device)
-                    denoise, _ = denoiser(run, args, mask[i:i + 16].to(device), level[i:i + 16].to(device))
-                    parts.append(run.process.from_range(SAMPLERS[name](denoise, fresh(), ts, run.process, fresh)).clamp(-1, 1)[:, 0].cpu().numpy())
+                    denoise = denoiser(run, mask[i:i + 16].to(device), level[i:i + 16].to(device))
+                    x_0 = walk(run, denoise, [(args.seed, 'image', model, j, k) for j in range(i, min(i + 16, N))], device, steps)
+                    parts.append(run.process.from_range(x_0).clamp(-1, 1)[:, 0].cpu().numpy())
             buffer = io.BytesIO()
             np.save(buffer, np.concatenate(parts).reshape(K, N, *m.shape[1:]))
             atomic_write(file, buffer.getvalue())

@@ -227,12 +227,11 @@ def test_mc(call, runs, phantom, tmp_path):
     """--mc writes mean and deviation of K draws, the first of which is what is drawn without it."""
     flags = ['--data', phantom, '--part', 'test', '--bravo', runs / 'plain', '--steps', 3, '--n', 3]
     plain, mc = call('sample', tmp_path / 'plain', *flags), call('sample', tmp_path / 'mc', *flags, '--mc', 4)
-    run = common.load_run(runs / 'plain')
+    run, args = common.load_run(runs / 'plain'), sample.get_args([*map(str, flags), '--dtype', 'fp32', '--out', str(tmp_path / 'no')])
+    run.model = run.net
     for k in range(3):
         a, b, mean, std = (volume_of(f / f'syn_0_{k:06d}', n)[0][0] for f, n in ((plain, 'bravo'), (mc, 'bravo'), (mc, 'bravo_mean'), (mc, 'bravo_std')))
         mask = torch.tensor(volume_of(mc / f'syn_0_{k:06d}', 'seg')[0][:1].copy())[None]
-        args = sample.argparse.Namespace(seed=0, sampler=None, grid='time', shift=1.0, steps_file=None, clip=None, cfg=1.0, dtype='fp32', rho=None, eta=0.0)
-        run.model = run.net
         with torch.no_grad():
             x = np.stack([sample.draw(run, args, [(k, c) if c else (k,)], 'image', 3, mask, torch.tensor([0.5]))[0, 0].clamp(-1, 1).numpy() for c in range(4)]).astype(np.float64)
         assert np.array_equal(a, b) and np.allclose(mean, x.mean(0), atol=1e-5) and np.allclose(std, x.std(0, ddof=1), atol=1e-5)
