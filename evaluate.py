@@ -452,7 +452,8 @@ def stack_measures(volume, mask):
     extents = [np.ptp(np.nonzero(labels == k)[0]) + 1 for k in range(1, n + 1)]
     return {'adjacent SSIM': float((luminance * structure).mean()), **{f'correlation, {k} slice{"s" * (k > 1)} apart': alike(k) for k in (1, 2, 3)},
             'z gradient / in-plane': dz[inside[0]].mean() / plane, 'power above 1/4 cycle a slice': spectrum[len(spectrum) // 2:].sum(),
-            'jitter of head area': np.abs(np.diff(area, 2)).mean() / area.mean(), 'sharpness, last third / first': sharp[1] / sharp[0],
+            'jitter of head area': np.abs(np.diff(area, 2)).mean() / area.mean(), 'sharpness, top third / lowest': sharp[1] / sharp[0],
+            'head area, top third / lowest': area[-(len(area) // 3):].mean() / area[:len(area) // 3].mean(),
             'mask IoU of neighbours': ((m[1:] & m[:-1]).sum((1, 2))[either > 0] / either[either > 0]).mean() if either.any() else math.nan,
             'lesion extent, slices': float(np.mean(extents)) if n else math.nan}
 

@@ -609,6 +609,9 @@ def draw_stacks(args, run, masks, made, out):
         waves = [[(b, z) for b, s in enumerate(stacks) if z < len(s)] for z in range(max(map(len, stacks)))]
         for wave in waves if K else [sum(waves, [])]:
             for part in (wave[k:k + args.batch_size] for k in range(0, len(wave), args.batch_size)):
+                if stop.signum:
+                    print0(f'{out}: stopped by signal {stop.signum}; the same command goes on')
+                    raise SystemExit(128 + stop.signum)
                 mask = torch.from_numpy(np.stack([stacks[b][z][0] for b, z in part])).float()[:, None].to(device)
                 level = torch.tensor([z / (len(stacks[b]) - 1) for b, z in part])
                 near = [[volumes[b][z - j] if z >= j else np.zeros_like(volumes[b][0]) for j in range(1, K + 1)] for b, z in part]
@@ -618,13 +621,10 @@ def draw_stacks(args, run, masks, made, out):
                     volumes[b][z] = image
         for i, s, volume in zip(ids, stacks, volumes):
             folder, mask, show = f'syn_{args.seed}_{i:06d}', np.stack([item[0] for item in s]), np.linspace(0, len(s) - 1, 8).round().astype(int)
-            zoom = max(1, 128 // size)
-            write_patient(out / folder, {'bravo': volume}, mask, s[0][4], {'preview.png': grid_png([[outline(volume[z], mask[z], zoom=zoom) for z in show]])})
+            preview = grid_png([[outline(volume[z], mask[z], zoom=max(1, 128 // size)) for z in show]])
+            write_patient(out / folder, {'bravo': volume}, mask, s[0][4], {'preview.png': preview})
             made.add('manifest', [folder, i, args.seed, f'{s[0][3]}-{s[-1][3].rsplit(":", 1)[1]}', s[0][2], '', int(mask.sum()), name, len(ts) - 1, run.hash, ''])
             bar.update()
-        if stop.signum:
-            print0(f'{out}: stopped by signal {stop.signum}; the same command goes on')
-            raise SystemExit(128 + stop.signum)
     bar.close(), stop.restore()
     rows, = made.close()
     if rank() == 0:
