@@ -7,6 +7,8 @@
   python analysis.py taxonomy runs/labels                                    kinds of distortion, and how far raters agree
   python analysis.py onset --fake runs/steps --gate runs/detector            when along the way from noise a distortion is decided
   python analysis.py hard-cases runs/downstream/cv_lesions.csv               which lesions a segmenter misses; hard.json for sample.py --hard-cases
+  python analysis.py attention runs/bravo --data DIR                         where a tumour looks inside the network, and what its mask does
+  python analysis.py uncertainty runs/a runs/b --data DIR --seeds 10         how much images of one mask differ, by seed and by model
 
 compare takes run folders (log.csv) and folders of evaluate.py (metrics.json) in any number and order. Leaves in --out: compare.csv,
 and loss.png, held_out.png, loss_by_t.png with a curve for each run, metrics.png with a bar for each set. timesteps leaves
@@ -53,6 +55,23 @@ def get_args(argv=None):
     c.add_argument('--alpha', type=number(float, 0), default=1.0, help='weight of a kind of lesion: its share of misses to this power; 0: all alike')
     c.add_argument('--lam', type=number(float, 0, 1), default=0.4, help='share of masks drawn by weight; the others as the patients have them')
     c.add_argument('--out', default='runs/hard', metavar='DIR')
+    for name, told in (('attention', 'does generation attend to the mask? attention of the tumour by layer and time, beside what changes without the mask'),
+                       ('uncertainty', 'variance of images of one mask, split into that of seeds and that of models')):
+        c = commands.add_parser(name, help=told)
+        c.add_argument('runs' if name == 'uncertainty' else 'run', nargs='+' if name == 'uncertainty' else None, metavar='RUN')
+        c.add_argument('--data', nargs='+', required=True, metavar='DIR', help='the real patients whose masks are used')
+        c.add_argument('--part', choices=tuple(PARTS), default='test', help='which of them')
+        c.add_argument('--split', metavar='FILE', help='CSV patient,part instead of the split by name')
+        c.add_argument('--n', type=number(int, 2), default=8 if name == 'attention' else 6, help='masks with tumour')
+        if name == 'attention':
+            c.add_argument('--times', type=numbers(float, 0, 1), default=(0.9, 0.7, 0.5, 0.3, 0.1), help='looked at at the solver\'s steps nearest to these t')
+        else:
+            c.add_argument('--seeds', type=number(int, 2), default=10, metavar='K', help='images of each mask from each run')
+            c.add_argument('--steps', type=numbers(int, 1), help='solver steps, several as 5,10,25 to see how they change the spread; none: the usual number')
+        c.add_argument('--out', default=f'runs/{name}', metavar='DIR')
+        c.add_argument('--cache', default='runs/cache', metavar='DIR', help='where decoded slices are kept')
+        c.add_argument('--seed', type=number(int, 0), default=0)
+        c.add_argument('--device', choices=('auto', 'cpu', 'cuda'), default='auto')
     args = p.parse_args(argv)
     args.dtype = 'fp32'
     if args.command == 'release':
@@ -78,6 +97,8 @@ def get_args(argv=None):
         if not Path(file).is_file():
             fail(f'{file}: no such file; expected a CSV of evaluate.py downstream --cross-validate K')
     for run in getattr(args, 'runs', ()):
+        if args.command == 'uncertainty' and not Path(run).exists():
+            fail(f'{run}: no such run folder or checkpoint file')
         if args.command == 'timesteps' and not (Path(run) / 'loss_by_t.csv').is_file():
             fail(f'{run}: holds no loss_by_t.csv; give a run folder of train_seg.py or train_bravo.py')
         if args.command == 'compare' and not any((Path(run) / f).is_file() for f in ('log.csv', 'metrics.json')):
@@ -554,11 +575,259 @@ def hard_cases(args):
            f'{((n > 0) & (n < 10)).sum()} of {(n > 0).sum()} kinds have fewer than 10. Lesions of one patient are alike: intervals are too narrow')
     print0(f'{out}/hard.json: drawn with lam {args.lam:g}, the {len(w)} slices count as {about["ess"]:.0f}; use it with sample.py --hard-cases; look at recall.png and '
            f'weights.png: a map of the box each for diameters {sizes[0]}, {sizes[1]} and above')
+# attention
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def tumour_rows(run, args):
+    """Real masks with tumour of --part for a run, drawn with the seed: the slices (N,S,S), masks (N,1,S,S) and levels (N,)."""
+    data = load_slices(args.data, run.args.size, box=run.box, split=args.split, cache=args.cache, training=False)
+    rows = np.array([i for i in data.rows(args.part) if data.table[i]['tumour']], int)
+    if len(rows) < args.n:
+        fail(f'--n {args.n}: {len(rows)} slices of the {args.part} part have a tumour; ask for fewer, see --split')
+    rows = rows[torch.randperm(len(rows), generator=generator(args.seed, 'order')).numpy()[:args.n]]
+    return data.images[rows][:, 0], torch.tensor(data.masks[rows]).float(), torch.tensor([data.table[i]['level'] for i in rows])
+
+
+def denoiser(run, mask, level, context=None):
+    """The denoise closure of a run for masks (B,1,S,S) or None, in fp32 and without guidance."""
+    if mask is not None:
+        none = mask.new_zeros(len(mask), run.args.neighbours, *mask.shape[2:]) if run.args.neighbours else None
+        mask = mask_condition(mask, run.args.p_uncond, near=none)
+    clip = default_solver(run.args)[2] and not run.process.space.about
+    return make_denoise(run.net, run.process, mask, context, level[:, None] if run.args.slice_level else None, clip=clip)
+
+
+def walk(run, denoise, keys, device, steps=None, callback=None):
+    """x_0 by the run's usual solver, the noise of each image from a generator of its own."""
+    name, steps, _ = default_solver(run.args, None, steps)
+    sources = [generator(*k) for k in keys]
+    noise = lambda: torch.stack([torch.randn(run.process.space.shape(run.args.size), generator=g) for g in sources]).to(device)
+    return SAMPLERS[name](denoise, noise(), run.process.times(steps, shift=run.process.shift), run.process, noise, callback)
+
+
+@contextlib.contextmanager
+def watching(net, see):
+    """Inside, see(name, q, k, mask) is called for every attention of net, name being the module's, before it is computed. Changes no output."""
+    at, inner = [''], [(n, m) for n, m in net.named_modules() if isinstance(m, (Attention, JointBlock))]
+    hooks = [m.register_forward_pre_hook(lambda *_, n=n: at.__setitem__(0, n)) for n, m in inner]
+    WATCHERS.append(lambda *seen: see(at[0], *seen))
+    try:
+        yield
+    finally:
+        WATCHERS.clear()
+        for h in hooks:
+            h.remove()
+
+
+def attention_rows(q, k, mask=None, rows=slice(None)):
+    """softmax(q k^T / sqrt(d)) of the queries `rows` alone, in fp32: q (heads,N,d), k (heads,M,d), mask (M,) of keys -> (heads,R,M)."""
+    logits = (q[:, rows].float() * q.shape[-1] ** -0.5) @ k.float().mT
+    return (logits if mask is None else logits.masked_fill(~mask, -math.inf)).softmax(-1)
+
+
+def looks(A, region, mirror, start, n, open_keys, target=None):
+    """What attention A (N,M), the image's tokens to all keys, nan where it was not asked for, makes of n keys from `start` on: dict.
+
+    Keys on a grid (target None): lift = attention of the tumour's tokens `region` (N,) on the tumour's keys over chance, their share of the keys
+    that may be attended to; mirror: the same of the region's mirror image, which says what being near oneself does; elsewhere: of the mirror
+    image's tokens on the tumour. AUROC of the tumour's mean row against region. Other keys: target (n,) says which count; AUROC is of
+    the attention on them, over the image, against region."""
+    on = lambda rows, keys: float(A[rows][:, start:start + n][:, keys].sum(1).mean() / (keys.sum() / open_keys)) if rows.any() and keys.any() else math.nan
+    if target is not None:
+        picture = A[:, start:start + n][:, target].sum(1)
+        return dict(lift=on(region, target), mirror=math.nan, elsewhere=on(~region, target), auroc=auc(picture[region], picture[~region]), map=picture)
+    picture = A[region][:, start:start + n].mean(0)
+    return dict(lift=on(region, region), mirror=on(mirror, mirror), elsewhere=on(mirror, region), auroc=auc(picture[region], picture[~region]), map=picture)
+
+
+def heat(image, value, mask, zoom):
+    """A slice with value (h,w) >= 0 over it in red, brightest at its maximum, and the mask's border."""
+    k = image.shape[-1] * zoom // value.shape[-1]
+    a = (value / max(value.max(), 1e-12)).repeat(k, 0).repeat(k, 1)[..., None]
+    rgb, border = to_rgb(image).repeat(zoom, 0).repeat(zoom, 1), outline(image, mask, (90, 220, 255), zoom)
+    return np.where((border != rgb).any(-1, keepdims=True), border, np.uint8(rgb * (1 - a) + a * np.array([255, 60, 20])))
+
+
+@torch.no_grad()
+def attention_maps(args):
+    """Attention on the way from noise to image (x_t of the solver, not noised real images), averaged over heads; then x0_hat at the same x_t with the
+    mask taken away or mirrored. Attention is not attribution: it says where a layer reads, the second what the output owes to the mask."""
+    device, out = setup(args), Path(args.out)
+    run = load_run(args.run, device)
+    net, size, bravo = run.net, run.args.size, run.args.script == 'bravo'
+    if not any(isinstance(m, (Attention, JointBlock)) for m in net.modules()):
+        fail(f'{args.run}: has no attention (--model {run.args.model}); give a run of unet, dit or mmdit')
+    if run.process.space.factor[0] != run.process.space.factor[1]:
+        fail(f'{args.run}: acts on latents that are not square; give a run on pixels, bands or square latents')
+    _, mask, level = tumour_rows(run, args)
+    requests = [lesion_records(m) for m in mask[:, 0].numpy()] if run.args.controllable else None
+    context = lesion_tokens(requests).to(device) if requests else None
+    mask, level = mask.to(device), level.to(device)
+    denoise, states = denoiser(run, mask if bravo else None, level, context), []
+    x_0 = walk(run, denoise, [(args.seed, 'image', i) for i in range(args.n)], device, None, lambda i, t, x, _: states.append((t, x)))
+    kept = [states[i] for i in sorted({min(range(len(states)), key=lambda i: abs(states[i][0] - t)) for t in args.times})]
+    images = run.process.from_range(x_0).clamp(-1, 1)[:, 0].cpu().numpy()
+    region = mask if bravo else (run.process.from_range(x_0) > 0).float()
+    use = [b for b in range(args.n) if region[b].any()]
+    if len(use) < 2:
+        fail(f'{args.run}: {len(use)} of {args.n} drawn masks hold a tumour; ask for more with --n', 1)
+    found, t_now = [], 0.0
+
+    def see(layer, q, k, open_):
+        joint, cross = isinstance(net.get_submodule(layer), JointBlock), layer.endswith(('attn2', 'cross'))
+        N = (size // run.process.space.factor[0] // net.patch) ** 2 if joint else q.shape[2]
+        parts = [('requests', k.shape[2])] if cross else [('image', N)]
+        if joint:
+            parts = [*([('mask', N)] if net.embed_mask is not None else []), *([('requests', context.shape[1])] if context is not None else []), *parts]
+        for b in use:
+            R = F.adaptive_max_pool2d(region[b], math.isqrt(N))[0].cpu() > 0
+            R, M = R.flatten().numpy(), (R.flip(1) & ~R).flatten().numpy()
+            rows = np.flatnonzero(R | M if parts[0][0] != 'requests' else np.ones(N, bool))
+            A, keys = np.full((N, k.shape[2]), math.nan, np.float32), None if open_ is None else open_[b, 0, 0]
+            A[rows] = attention_rows(q[b], k[b], keys, torch.as_tensor(rows + q.shape[2] - N, device=q.device)).mean(0).cpu().numpy()
+            start = 0
+            for kind, n in parts:
+                target = np.isin(np.arange(n), np.arange(1, 1 + len(requests[b]))) if kind == 'requests' else None
+                seen = looks(A, R, M, start, n, k.shape[2] if keys is None else int(keys.sum()), target)
+                found.append(dict(seen, t=t_now, layer=layer, to=kind, image=b))
+                start += n
+
+    changes = []
+    away = [denoiser(run, m, level, context) for m in (torch.zeros_like(mask), mask.flip(3))] if bravo else ()
+    for t, x in kept:
+        t_now = round(t, 6)
+        with watching(net, see):
+            own = denoise(x, t)[0]
+        changes.append([(run.process.from_range(f(x, t)[0]) - run.process.from_range(own))[:, 0].abs().cpu().numpy() for f in away])
+    out.mkdir(parents=True, exist_ok=True)
+    numbers_ = ('lift', 'mirror', 'elsewhere', 'auroc')
+    mean = lambda rows: [float(np.nanmean([r[k] for r in rows])) if any(r[k] == r[k] for r in rows) else math.nan for k in numbers_]
+    table = [[layer, to, f'{t:g}', *(f'{v:.3f}' for v in mean([r for r in found if (r['layer'], r['to'], r['t']) == (layer, to, t)]))]
+             for layer, to, t in dict.fromkeys((r['layer'], r['to'], r['t']) for r in sorted(found, key=lambda r: (r['to'], r['layer'], -r['t'])))]
+    header = ['layer', 'to', 't', 'lift', 'lift of mirror', 'mirror on tumour', 'AUROC']
+    write_csv(out / 'attention.csv', header, table)
+    about = dict(run=run.hash, images=len(use), times=[round(t, 6) for t, _ in kept])
+    layers = list(dict.fromkeys((r['layer'], r['to']) for r in found))
+    for layer, to in layers:                                       # layers do opposite things: no mean over them
+        per = np.array([mean([r for r in found if (r['image'], r['layer'], r['to']) == (b, layer, to)]) for b in use])
+        told = about[f'{layer} to {to}'] = {}
+        for k, v in zip(numbers_, per.T):
+            v = v[np.isfinite(v)]                                                                      # keys that are no grid have no mirror
+            if len(v):
+                draws = v[torch.randint(len(v), (1000, len(v)), generator=generator(args.seed, 'attention')).numpy()].mean(1)
+                told[k] = [float(v.mean()), *map(float, np.percentile(draws, (2.5, 97.5)))]
+        print0(f'{layer} to {to}, mean of t: ' + ', '.join('{} {:.2f} [{:.2f}, {:.2f}]'.format(k, *v) for k, v in told.items()))
+    print0('lift 1 and AUROC 0.5: chance; 95 % over images')
+    R, body = region[:, 0].cpu().numpy() > 0, np.stack([head_mask(i[None])[0] for i in images])
+    M = np.flip(R, 2) & ~R
+    spots = {'tumour': R, 'mirror': M, 'rest of head': body & ~R & ~M}
+    for k, what in enumerate(('removed', 'mirrored') if bravo else ()):
+        rows = [[f'{t:g}', *(float(np.nanmean([c[k][b][s[b]].mean() if s[b].any() else math.nan for b in use])) for s in spots.values())] for (t, _), c in zip(kept, changes)]
+        about[f'mask {what}'] = rows
+        print0(f'mask {what}: mean |change of x0_hat|')
+        print_table(['t', *spots], [[r[0], *(f'{v:.3f}' for v in r[1:])] for r in rows])
+    atomic_write(out / 'attention.json', json.dumps(about, indent=1).encode())
+    of = lambda which, t: [r for r in found if (r['layer'], r['to']) == which and r['t'] == t]
+    plot(out / 'lift.png', {f'{w[0][-24:]} to {w[1]}': (about['times'], [mean(of(w, t))[0] for t in about['times']]) for w in layers[:8]},
+         'attention of the tumour on itself or its mask', 't (0: image, 1: noise)', 'times chance')
+    zoom, rows, labels, middle = max(1, 128 // size), [], [], about['times'][len(kept) // 2]
+    shown = [layers[i] for i in sorted({round(v) for v in np.linspace(0, len(layers) - 1, max(len(kept), 4))})]
+    for b in sorted(use, key=lambda b: -R[b].sum())[:4]:
+        maps = [next(r['map'] for r in of(w, middle) if r['image'] == b) for w in shown]
+        rows.append([outline(images[b], R[b], (90, 220, 255), zoom), *(heat(images[b], m.reshape(-1, math.isqrt(m.size)), R[b], zoom) for m in maps)])
+        labels.append('layers')
+        if bravo:
+            rows.append([to_rgb(images[b]).repeat(zoom, 0).repeat(zoom, 1), *(heat(images[b], c[0][b], R[b], zoom) for c in changes)])
+            labels.append('no mask')
+    save_grid(out / 'attention.png', rows, labels)
+    print0(f'look at {out}/attention.png: where the tumour looks at t = {middle:g} in {", ".join(f"{a} to {b}" for a, b in shown)}'
+           + (f'; what goes without the mask at t = {", ".join(f"{t:g}" for t in about["times"])}' if bravo else '') + '; and lift.png')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# uncertainty
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def decompose(x):
+    """Law of total variance of x (M,K,...), M models with K independent seeds each: aleatoric = mean_m var_k, epistemic = var_m mean_k -
+    aleatoric / K, which takes away what K seeds leave in a mean (unbiased; may be below 0). nan for M = 1: one model cannot doubt itself."""
+    assert x.shape[1] > 1, f'{x.shape[1]} seed has no variance'
+    aleatoric = x.var(1, ddof=1).mean(0)
+    return aleatoric, x.mean(1).var(0, ddof=1) - aleatoric / x.shape[1] if len(x) > 1 else np.full_like(aleatoric, math.nan)
+
+
+@torch.no_grad()
+def uncertainty(args):
+    """K images of each mask from each run. The spread of seeds is what the data leave open given a mask (and what the solver makes of it), not
+    doubt; models that were trained with other --seed differ by what they do not know."""
+    device, out = setup(args), Path(args.out)
+    runs = [load_run(r, device) for r in args.runs]
+    for run in runs:
+        if run.args.script != 'bravo' or run.args.size != runs[0].args.size:
+            fail(f'{run.path}: is a run of train_{run.args.script}.py on {run.args.size} pixels; expected image models of one size, {runs[0].args.size}')
+    if len({r.hash for r in runs}) < len(runs):
+        fail(f'{" ".join(args.runs)}: two of these are the same network; an ensemble is trained with several --seed')
+    real, mask, level = tumour_rows(runs[0], args)
+    out.mkdir(parents=True, exist_ok=True)
+    N, K, m = args.n, args.seeds, mask[:, 0].numpy() > 0
+
+    def draws(model, run, steps):
+        """(K,N,S,S) in fp64; kept in a file, so that a stopped command goes on. Each model has noise of its own: what they share would look like agreement."""
+        steps = default_solver(run.args, None, steps)[1]
+        key = hashlib.sha256(repr((run.hash, mask.numpy().tobytes(), level.tolist(), K, args.seed, model, steps)).encode()).hexdigest()[:16]
+        file, parts = out / f'draws_{key}.npy', []
+        if not file.exists():
+            for k in progress(range(K), f'{run.path}, {steps} steps', leave=False):
+                for i in range(0, N, 16):
+                    denoise = denoiser(run, mask[i:i + 16].to(device), level[i:i + 16].to(device))
+                    x_0 = walk(run, denoise, [(args.seed, 'image', model, j, k) for j in range(i, min(i + 16, N))], device, steps)
+                    parts.append(run.process.from_range(x_0).clamp(-1, 1)[:, 0].cpu().numpy())
+            buffer = io.BytesIO()
+            np.save(buffer, np.concatenate(parts).reshape(K, N, *m.shape[1:]))
+            atomic_write(file, buffer.getvalue())
+        return np.load(file).astype(np.float64), steps
+
+    table, curves, by_steps = [], {}, []
+    for wanted in args.steps or (None,):
+        x, steps = zip(*[draws(i, run, wanted) for i, run in enumerate(runs)])
+        x, steps = np.stack(x), '/'.join(map(str, dict.fromkeys(steps)))
+        aleatoric, epistemic = decompose(x)                                                            # (N,S,S) each
+        mean = x.mean((0, 1))
+        body = np.stack([head_mask(v[None])[0] for v in mean.astype(np.float32)]) | m
+        places = {'tumour': m, 'rest of head': body & ~m}
+        for i in range(N):
+            table += [[steps, i, p, int(w[i].sum()), *(f'{v[i][w[i]].mean():.6g}' for v in (aleatoric, epistemic, mean))] for p, w in places.items() if w[i].any()]
+        edges = np.quantile(mean[body], np.linspace(0, 1, 6))
+        bin_ = np.clip(np.searchsorted(edges, mean, 'right') - 1, 0, 4)
+        level_ = [(float(mean[body & (bin_ == k)].mean()), *(float(v[body & (bin_ == k)].mean()) for v in (aleatoric, epistemic))) for k in range(5)]
+        table += [[steps, 'all', f'intensity, fifth {k + 1}', int((body & (bin_ == k)).sum()), f'{v[1]:.6g}', f'{v[2]:.6g}', f'{v[0]:.6g}'] for k, v in enumerate(level_)]
+        curves[f'seeds, {steps} steps'] = ([v[0] for v in level_], [math.sqrt(v[1]) for v in level_])
+        if len(runs) > 1:
+            curves[f'models, {steps} steps'] = ([v[0] for v in level_], [math.sqrt(max(v[2], 0)) for v in level_])
+        by_steps.append([steps, *(float(v[w].mean()) for w in places.values() for v in (aleatoric, epistemic))])
+    write_csv(out / 'uncertainty.csv', ['steps', 'mask', 'place', 'pixels', 'aleatoric variance', 'epistemic variance', 'mean intensity'], table)
+    last = by_steps[-1]
+    root = lambda v: f'{math.copysign(math.sqrt(abs(v)), v):.4f}' if v == v else 'none'
+    print_table(['steps', *(f'{what}, {p}' for p in places for what in ('sd of seeds', 'sd of models')), 'sd of seeds / last row, tumour', 'rest'],
+                [[r[0], *map(root, r[1:]), f'{math.sqrt(r[1] / last[1]):.3f}', f'{math.sqrt(r[3] / last[3]):.3f}'] for r in by_steps])
+    print0(f'{len(runs)} runs x {K} seeds x {N} masks; a pixel\'s sd of {K} seeds is known to {1 / math.sqrt(2 * K - 2):.0%}; '
+           + ('a minus: below what chance leaves, no disagreement is seen' if len(runs) > 1 else 'one run: there is no epistemic term, train more with other --seed')
+           + '; few steps and guidance spread less: compare at one solver')
+    atomic_write(out / 'uncertainty.json', json.dumps(dict(runs=[r.hash for r in runs], seeds=K, masks=N, by_steps=[dict(zip(
+        ('steps', *(f'{what} variance, {p}' for p in places for what in ('aleatoric', 'epistemic'))), r)) for r in by_steps]), indent=1).encode())
+    zoom, show = max(1, 128 // m.shape[-1]), range(min(N, 8))
+    maps = [('sd of seeds x 4', aleatoric)] + ([('sd of models x 4', epistemic)] if len(runs) > 1 else [])
+    save_grid(out / 'uncertainty.png', [[real[i] for i in show], [x[0, 0, i] for i in show], [outline(mean[i], m[i], zoom=zoom) for i in show],
+                                        *([4 * np.sqrt(v[i].clip(0)) - 1 for i in show] for _, v in maps)], ['real', 'one draw', 'mean', *(n for n, _ in maps)], zoom)
+    plot(out / 'by_intensity.png', curves, 'spread by intensity, fifths of the head', 'mean intensity', 'standard deviation')
+    print0(f'look at {out}/uncertainty.png and by_intensity.png')
 
 
 def main(args):
     {'compare': compare, 'timesteps': timesteps, 'release': release, 'patients': patients, 'taxonomy': taxonomy, 'onset': onset,
-     'hard-cases': hard_cases}[args.command](args)
+     'hard-cases': hard_cases, 'attention': attention_maps, 'uncertainty': uncertainty}[args.command](args)
 
 
 if __name__ == '__main__':

@@ -860,11 +860,16 @@ class GroupNorm(nn.GroupNorm):
         return super().forward(x)
 
 
+WATCHERS = []       # functions that see queries, keys and mask of every attention before it is computed (analysis.py attention)
+
+
 def attention(q, k, v, mask=None, fused=False):
     """softmax(q k^T / sqrt(d)) v for (B, heads, N, d), over the keys where mask (B,1,1,M) is true. Every attention goes through here.
 
     fused: on the CPU too torch's kernel where no gradient is wanted; in fp32 it makes a forward of DiT-S/4 a tenth shorter.
     """
+    for see in WATCHERS:
+        see(q, k, mask)
     if mask is not None or q.device.type == 'cuda' or fused and q.dtype == torch.float32 and not torch.is_grad_enabled():
         return F.scaled_dot_product_attention(q, k, v, mask)
     return CPUAttention.apply(q * q.shape[-1] ** -0.5, k, v)
@@ -1965,13 +1970,14 @@ def build_process(args):
     return process
 
 
-def mask_condition(mask, p_uncond, present=None):
+def mask_condition(mask, p_uncond, present=None, near=None):
     """The mask channels of a network. Trained with --p-uncond it has one more, mask-present: an empty mask is a condition
-    ("no tumour"), so what says "no condition" is that channel, 0 with an empty mask where `present` (B,) is False."""
-    if not p_uncond:
-        return mask
-    here = torch.ones_like(mask) if present is None else like(present.to(mask), mask).expand_as(mask)
-    return torch.cat([mask * here, here], 1)
+    ("no tumour"), so what says "no condition" is that channel, 0 with an empty mask where `present` (B,) is False.
+    near (B,K,S,S): behind them the slices below (train_bravo.py --neighbours), 0 where there is none."""
+    if p_uncond:
+        here = torch.ones_like(mask) if present is None else like(present.to(mask), mask).expand_as(mask)
+        mask = torch.cat([mask * here, here], 1)
+    return mask if near is None else torch.cat([mask, near.to(mask)], 1)
 
 
 class Guidance:
@@ -2380,7 +2386,7 @@ PRESETS = {
 MODELS = {'unet': ('channels', 'attention', 'layers', 'head_channels', 'norm_groups'),      # and the flags that shape each
           **dict.fromkeys(('dit', 'mmdit', 'mamba'), ('model_size', 'patch', 'width', 'depth', 'heads'))}
 YOUNGER = dict(model='unet', patch=None, width=None, depth=None, heads=None, p_uncond=0.0, controllable=False, sparse24=False, checkpointing=False,
-               progressive=None)                                                            # flags that older runs do not hold
+               progressive=None, neighbours=0)                                              # flags that older runs do not hold
 # May differ when a run goes on; everything else must be as it was.
 FREE = {'device', 'dtype', 'compile', 'checkpointing', 'dry_run', 'out', 'save_every', 'sample_every', 'keep_every', 'cache', 'data', 'minutes', 'lr_find',
         'perceptual_weights', 'lpips_weights', 'init', 'split', 'bravo', 'reward'}
@@ -2952,6 +2958,9 @@ def load_init(net, args):
             if theirs[name] != getattr(args, name):
                 fail(f'--init {args.init}: was trained with {name} {theirs[name]}, this run has {getattr(args, name)}; make them agree')
         args.init_range = theirs.get('init_range')
+        behind = [['mask-present'] * bool(a['p_uncond']) + ['neighbour'] * a.get('neighbours', 0) for a in (theirs, vars(args))]
+        if 'neighbour' in sum(behind, []) and behind[0] != behind[1][:len(behind[0])]:           # channels of another meaning, if as many
+            fail(f'--init {args.init}: was trained with p_uncond {theirs["p_uncond"]:g}, neighbours {theirs["neighbours"]}; make them agree')
     else:
         if not args.init_target:
             fail(f'--init {args.init}: is not a run of ours; say what it predicts with --init-target eps|v|x0|x0-eps')
@@ -2970,10 +2979,11 @@ def load_init(net, args):
     fit_pruned(net, weights)
     mine, key, pixels = plain_names(net.state_dict()), *(('conv_in.weight', 1) if args.model == 'unet' else ('embed.weight', args.patch ** 2))
     first = weights.get(key)
-    if args.p_uncond and first is not None and first.ndim == mine[key].ndim and first.shape[1] == mine[key].shape[1] - pixels:
-        weights[key] = F.pad(first.unflatten(1, (pixels, -1)), (0, 0) * (first.ndim - 2) + (0, 1)).flatten(1, 2)   # mask-present starts without effect
-    if 'null' in mine:
-        weights.setdefault('null', mine['null'])                                              # MMDiT's, of a run without --p-uncond
+    more = 0 if first is None or first.ndim != mine[key].ndim else mine[key].shape[1] // pixels - first.shape[1] // pixels
+    if 0 < more <= (args.p_uncond > 0) + getattr(args, 'neighbours', 0):                      # mask-present and neighbours start without effect
+        weights[key] = F.pad(first.unflatten(1, (pixels, -1)), (0, 0) * (first.ndim - 2) + (0, more)).flatten(1, 2)
+    for k in [k for k in mine if k == 'null' or k.startswith('extra_embed.') and args.slice_level]:
+        weights.setdefault(k, mine[k])                                  # MMDiT's, of a run without --p-uncond; the slice level starts without effect
     wrong = [f'{k} is {tuple(weights[k].shape) if k in weights else "missing"}, here {tuple(v.shape)}' for k, v in mine.items()
              if k not in weights or weights[k].shape != v.shape] + [f'{k} has no place here' for k in weights if k not in mine]
     if wrong:

@@ -5,6 +5,7 @@
   python evaluate.py control --fake runs/asked                    do masks hold what was asked for (sample.py --count, --requests)?
   python evaluate.py downstream --fake runs/synthetic --data DIR  does a segmenter get better on real test patients by training on the set?
   python evaluate.py downstream --engine nnunetv2 --iters 5000 --data DIR    the same with nnU-Net v2 itself, where it is installed
+  python evaluate.py coherence --fake runs/stacks --data DIR      do the slices of volumes fit together (sample.py --stack)?
 
 Each leaves metrics.json, metrics.csv and pictures in --out. Reads files, changes none.
 """
@@ -18,15 +19,17 @@ def get_args(argv=None):
     commands = p.add_subparsers(dest='command', required=True, metavar='COMMAND', parser_class=Parser)
     for name, told in (('quality', 'is a generated set like real patients it has not seen?'),
                        ('cycle', 'does a segmenter find in the images the masks that they were made from?'),
-                       ('control', 'do the masks hold what was asked for?')):
+                       ('control', 'do the masks hold what was asked for?'),
+                       ('coherence', 'do the slices of generated volumes fit together as those of real ones do?')):
         c = commands.add_parser(name, help=told)
         g = c.add_argument_group('what')
         g.add_argument('--fake', required=True, metavar='DIR', help='a set made by sample.py')
         if name != 'control':
             g.add_argument('--data', nargs='+', required=True, metavar='DIR', help='the real patients, training patients included')
             g.add_argument('--split', metavar='FILE', help='CSV patient,part instead of the split by name')
-        if name == 'quality':
+        if name in ('quality', 'coherence'):
             g.add_argument('--part', choices=('val', 'judge', 'test'), default='test', help='the real patients to compare with')
+        if name == 'quality':
             g.add_argument('--empty-slices', type=number(float, 0, 1), default=0.2, help='share of real slices without tumour')
             g.add_argument('--vgg-weights', metavar='FILE', help='VGG16 weights; "none" leaves its metrics out; not given: fetched')
         g = c.add_argument_group('how')
@@ -39,6 +42,7 @@ def get_args(argv=None):
         g.add_argument('--seed', type=number(int, 0), default=0)
         if name != 'control':
             g.add_argument('--cache', default='runs/cache', metavar='DIR', help='where decoded slices are kept')
+        if name in ('quality', 'cycle'):
             g.add_argument('--device', choices=('auto', 'cpu', 'cuda'), default='auto')
     c = commands.add_parser('downstream', help='does a segmenter get better on real test patients by training on the set?')
     g = c.add_argument_group('what')
@@ -1080,6 +1084,108 @@ def nnunetv2(args, name, steps, augmented, device):
         run(NNUNET[2], '-i', str(raw / 'imagesTs'), '-o', str(root / f'found_{seed}'), '-d', '1', '-c', '2d', '-f', '0', *how, '--disable_tta', '-npp', '1', '-nps', '1')
     files = sorted((root / f'found_{seed}').glob('test_*.nii.gz'))
     return np.stack([np.asarray(nib.load(f).dataobj)[..., 0].T > 0 for f in files])
+# coherence
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def z_spectrum(volume, head):
+    """Mean power along z of the voxel columns that lie in the head throughout, their means taken away, Hann window: (Z//2,) at frequencies
+    1/Z .. 1/2 cycles a slice, summing to 1. nan where there is no such column, or nothing changes."""
+    lines = volume[:, head.all(0)]
+    window = np.hanning(len(volume) + 2)[1:-1, None]
+    power = (np.abs(np.fft.rfft((lines - lines.mean(0)) * window, axis=0)) ** 2).mean(1)[1:] if lines.size else np.full(len(volume) // 2, math.nan)
+    return power / power.sum() if power.sum() > 1e-9 else np.full(len(power), math.nan)                # a frozen stack has none
+
+
+def stack_measures(volume, mask):
+    """How alike the slices of a stack are: volume (Z,S,S) in [-1,1], mask (Z,S,S), Z >= 4. Dict of numbers, nan where there is no tumour."""
+    head, x = head_mask(volume), torch.from_numpy(np.ascontiguousarray(volume))[:, None]
+    luminance, structure = ssim_parts(x[1:], x[:-1])
+
+    def alike(k):
+        both = [(a[h], b[h]) for a, b, h in zip(volume[k:], volume[:-k], head[k:] & head[:-k]) if h.sum() > 1]
+        with np.errstate(invalid='ignore'):
+            return float(np.nanmean([np.corrcoef(a, b)[0, 1] for a, b in both] or [math.nan]))
+
+    dz, dy, dx = (np.abs(np.diff(volume, axis=a)) for a in range(3))
+    inside = [head[1:] & head[:-1], head[:, 1:] & head[:, :-1], head[:, :, 1:] & head[:, :, :-1]]
+    plane = (dy[inside[1]].mean() + dx[inside[2]].mean()) / 2
+    sharp = [np.mean([d[part][i[part]].mean() for d, i in zip((dy, dx), inside[1:])]) for part in (slice(0, len(volume) // 3), slice(-(len(volume) // 3), None))]
+    area, spectrum, m = head.sum((1, 2)).astype(float), z_spectrum(volume, head), mask > 0
+    either, (labels, n) = (m[1:] | m[:-1]).sum((1, 2)), components(m)
+    extents = [np.ptp(np.nonzero(labels == k)[0]) + 1 for k in range(1, n + 1)]
+    return {'adjacent SSIM': float((luminance * structure).mean()), **{f'correlation, {k} slice{"s" * (k > 1)} apart': alike(k) for k in (1, 2, 3)},
+            'z gradient / in-plane': dz[inside[0]].mean() / plane, 'power above 1/4 cycle a slice': spectrum[len(spectrum) // 2:].sum(),
+            'jitter of head area': np.abs(np.diff(area, 2)).mean() / area.mean(), 'sharpness, top third / lowest': sharp[1] / sharp[0],
+            'head area, top third / lowest': area[-(len(area) // 3):].mean() / area[:len(area) // 3].mean(),
+            'mask IoU of neighbours': ((m[1:] & m[:-1]).sum((1, 2))[either > 0] / either[either > 0]).mean() if either.any() else math.nan,
+            'lesion extent, slices': float(np.mean(extents)) if n else math.nan}
+
+
+def coherence(args):
+    """Ratios of stack_measures to those of --part's real stacks, beside training patients' as the floor. Where the masks came from that
+    part's own patients, only these are the real side, and a bootstrap draw holds the same ones on both sides."""
+    out, made = Path(args.out), json.loads((Path(args.fake) / 'sample.json').read_text())
+    if not made.get('stack'):
+        fail(f'--fake {args.fake}: holds single slices; make volumes with sample.py --stack')
+    fake = load_slices([args.fake], made['pixels'], cache=args.cache, training=False)
+    real = load_slices(args.data, made['pixels'], box=made['box'], split=args.split, cache=args.cache)
+    stacks = {side: [] for side in ('fake', 'train', args.part)}                                      # (patient, volume, mask, folder)
+    for data in (fake, real):
+        for (root, folder, part), rows in itertools.groupby(range(len(data.table)), lambda i: (data.table[i]['root'], data.table[i]['folder'], data.part[i])):
+            rows, side = list(rows), 'fake' if data is fake else part
+            if side in stacks and len(rows) >= 4:
+                row = data.table[rows[0]]
+                stacks[side].append((row['source'] or row['patient'], data.images[rows][:, 0], data.masks[rows][:, 0], Path(root) / folder))
+    paired = {s[0] for s in stacks['fake']} <= {s[0] for s in stacks[args.part]}
+    if paired:
+        stacks[args.part] = [s for s in stacks[args.part] if s[0] in {f[0] for f in stacks['fake']}]
+    if min(map(len, stacks.values())) < 2:
+        fail('at least 2 stacks of 4 slices or more are needed on each side, there are ' + ', '.join(f'{len(v)} {k}' for k, v in stacks.items()) + '; see --split')
+    values = {side: [stack_measures(*s[1:3]) for s in some] for side, some in stacks.items()}
+    names = list(values['fake'][0])
+    table = {side: np.array([[v[n] for n in names] for v in some]) for side, some in values.items()}
+    of = {side: np.array([s[0] for s in some]) for side, some in stacks.items()}
+
+    def ratios(g):
+        """fake / real and train / real of each measure; with a generator, of patients drawn with replacement."""
+        pick, mean = {}, {}
+        for side in (args.part, 'fake', 'train'):
+            patients = np.unique(of[side])
+            pick[side] = patients if g is None else pick[args.part] if side == 'fake' and paired else patients[torch.randint(len(patients), (len(patients),), generator=g).numpy()]
+            rows = np.concatenate([np.flatnonzero(of[side] == p) for p in pick[side]])
+            with np.errstate(all='ignore'):
+                mean[side] = np.array([np.mean(c[np.isfinite(c)]) if np.isfinite(c).any() else math.nan for c in table[side][rows].T])
+        with np.errstate(all='ignore'):
+            return [dict(zip(names, mean[side] / mean[args.part])) for side in ('fake', 'train')]
+
+    draws = [ratios(generator(args.seed, 'coherence', k)) for k in range(args.repeats)]
+    counts = {side: len(some) for side, some in stacks.items()}
+    report(out, intervals(names, ratios(None), draws), dict(fake=args.fake, hash=made['bravo'], rho=made['rho'], stacks=counts, paired=bool(paired), repeats=args.repeats,
+                                                           real={n: float(np.nanmean(c)) if np.isfinite(c).any() else math.nan for n, c in zip(names, table[args.part].T)}),
+           ('fake/real', 'train/real'))
+    write_csv(out / 'stacks.csv', ['set', 'patient', 'folder', 'slices', *names],
+              [[side, s[0], s[3].name, len(s[1]), *(f'{v:.4g}' for v in row)] for side, some in stacks.items() for s, row in zip(some, table[side])])
+    grid = np.linspace(0.05, 0.5, 19)
+    spectra = {side: [np.interp(grid, np.arange(1, len(v) // 2 + 1) / len(v), z_spectrum(v, head_mask(v)) * len(v)) for _, v, *_ in some] for side, some in stacks.items()}
+    plot(out / 'spectrum_z.png', {side: (grid, np.nanmean(some, 0)) for side, some in spectra.items()}, 'power along z', 'cycles a slice', 'share', logy=True)
+    rows = []
+    for patient, volume, mask, folder in stacks['fake'][:4]:
+        twin = next((s for s in stacks[args.part] if s[0] == patient), stacks[args.part][len(rows) % len(stacks[args.part])])
+        z, y, _ = read_nifti(folder / 'bravo.nii.gz')[1]
+        rows.append([coronal(*s[1:3], z / y, max(1, 128 // volume.shape[-1])) for s in (twin, (patient, volume, mask))])
+    height = max(len(p) for row in rows for p in row)
+    save_grid(out / 'coronal.png', [[np.pad(p, ((0, height - len(p)), (0, 0), (0, 0))) for p in (r[k] for r in rows)] for k in (0, 1)], ['real', 'generated'])
+    print0(f'{counts["fake"]} generated stacks against {counts[args.part]} real {args.part} stacks' + (' of the same patients' if paired else '')
+           + f'; 1: like real, SSIM and correlations above it: frozen along z; look at {out}/coronal.png and spectrum_z.png')
+
+
+def coronal(volume, mask, step, zoom):
+    """The coronal slice through the middle of the tumour (or of the image), head up, as (H,W,3): a slice is `step` pixels thick."""
+    rows = np.nonzero((mask > 0).any((0, 2)))[0]
+    y = int(np.median(rows)) if len(rows) else volume.shape[1] // 2
+    tall = max(round(step * zoom), 1)
+    return outline(*(v[::-1, y].repeat(tall, 0).repeat(zoom, 1) for v in (volume, mask)))
 
 
 HEADER = ['metric', 'fake', 'fake_low', 'fake_high', 'floor', 'floor_low', 'floor_high', 'above_low', 'above_high']
@@ -1105,7 +1211,7 @@ def report(out, table, about, sides=('fake', 'real')):
 
 
 def main(args):
-    {'quality': quality, 'cycle': cycle, 'control': control, 'downstream': downstream}[args.command](args)
+    {'quality': quality, 'cycle': cycle, 'control': control, 'coherence': coherence, 'downstream': downstream}[args.command](args)
 
 
 if __name__ == '__main__':

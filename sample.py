@@ -8,11 +8,14 @@
   python sample.py --seg runs/seg --hard-cases runs/hard/hard.json        masks of the kinds that a segmenter misses (analysis.py hard-cases)
   python sample.py --seg runs/seg --bravo runs/bravo --gate runs/detector    only images that a detector calls good (classifier.py train)
   python sample.py --data DIR --part test --per-patient 100 --bravo runs/bravo    100 images for each patient, on masks of that patient
+  python sample.py --data DIR --part test --stack --rho 0.7 --bravo runs/bravo    volumes: all slices of a patient, with noise alike along z
 
 Leaves in --out one folder a patient in the layout of real data (bravo.nii.gz, seg.nii.gz, preview.png), manifest.csv (seed,
 condition, source patient, hash of the run for each), grid.png. The same command goes on with a half-done set; torchrun
 shares it out. Image i is the same whatever the batch size, the number of processes and how many were asked for.
 """
+import itertools
+
 from common import *
 
 
@@ -29,6 +32,10 @@ def get_args(argv=None):
     g.add_argument('--slice-level', type=number(float, 0, 1), help='level for models that know it; none: the mask\'s own, or drawn')
     g.add_argument('--n', type=number(int, 1), help='number of patients; none: 16')
     g.add_argument('--per-patient', type=number(int, 1), metavar='K', help='instead of --n: K images for each patient of --data, on masks of that patient in turn')
+    g.add_argument('--mc', type=number(int, 2), metavar='K', help='draw K images for each mask; beside the first, write their mean and standard deviation')
+    g = p.add_argument_group('volumes from a model of slices')
+    g.add_argument('--stack', action='store_true', default=None, help='draw all slices of a patient of --data or --masks in order, as one volume (--n: of patients; none: all)')
+    g.add_argument('--rho', type=number(float, 0, 1), metavar='R', help='correlation of the noise of one slice with that of the next; none: 0')
     g = p.add_argument_group('what the masks hold (a mask model trained with --controllable)')
     g.add_argument('--count', type=number(int, 0, LESIONS), help='lesions in each mask')
     g.add_argument('--size', type=numbers(float, 0), help='their diameters, mm, as 8 or 8,5; none: any')
@@ -96,18 +103,24 @@ def get_args(argv=None):
     judges = 'gate' if args.gate else 'reject_copies'
     for name, wanted in (('part', 'data'), ('split', 'reject_copies' if args.reject_copies else 'data'), ('empty_slices', 'data'), ('seg_steps', 'seg'),
                          ('per_patient', 'data'), ('threshold', 'gate'), ('rate', 'gate'), ('best_of', 'gate'), ('max_draws', judges), ('gate', 'bravo'),
-                         ('reject_copies', 'bravo'), ('lora_scale', 'bravo')):
+                         ('reject_copies', 'bravo'), ('lora_scale', 'bravo'), ('mc', 'bravo'), ('rho', 'stack')):
         if getattr(args, name) is not None and not getattr(args, wanted):
             fail(f'--{name.replace("_", "-")} {getattr(args, name)}: does nothing without --{wanted.replace("_", "-")}')
     if (args.gate or args.reject_copies) and (args.pairs or args.learn_steps):
         fail('--gate and --reject-copies choose what a set keeps; leave --pairs and --learn-steps away')
+    for name, others in (('stack', ('seg', 'mc', 'per_patient', 'empty_slices', 'slice_level', 'save_at', 'gate', 'reject_copies', 'pairs', 'learn_steps')),
+                         ('mc', ('gate', 'reject_copies', 'pairs', 'learn_steps', 'save_at'))):
+        for other in others if getattr(args, name) else ():
+            if getattr(args, other) not in (None, False):
+                why = 'all slices of a patient, as they are in --data or --masks' if name == 'stack' else 'the mean and spread of all draws'
+                fail(f'--{name} makes {why}; leave --{other.replace("_", "-")} away')
     if args.max_draws and args.max_draws < (args.best_of or 1):
         fail(f'--max-draws {args.max_draws}: is less than --best-of {args.best_of}')
     if args.n and args.per_patient:
         fail('--n and --per-patient both say how many; give one')
     if args.lora_scale is not None and args.weights == 'raw':
         fail('--weights raw: is --lora-scale 0 of a run of draft.py; give one of them')
-    args.n = args.n or 16
+    args.n = args.n or (0 if args.stack else 16)
     asked = [f'--{k.replace("_", "-")}' for k in ('count', 'size', 'location', 'requests', 'hard_cases') if getattr(args, k) is not None]
     if asked and not args.seg:
         fail(f'{asked[0]}: says what a mask model draws; give it with --seg')
@@ -307,18 +320,32 @@ def draw_condition(p, seed, i):
     return int(torch.multinomial(p, 1, generator=generator(seed, 'hard', i)))
 
 
-def draw(run, args, keys, what, steps, mask=None, level=None, callback=None, requests=None, trace=None):
-    """x_0 (B,C,...) in the process's space and range for images of these keys: (i,) for image i, (i, j) for its candidate j > 0. Each has
-    a generator of its own, so that its noise is the same bits whatever shares its batch. trace: gets the steps of --sampler adaptive."""
+def along(rho, noises):
+    """Noise of the last of some slices, from fresh noise of each: e_k = rho e_(k-1) + sqrt(1 - rho^2) n_k. Every e_k is N(0,1), and
+    corr(e_j, e_k) = rho^|j-k|: a slice by itself is drawn as ever, only neighbours are drawn alike."""
+    e = noises[0]
+    for n in noises[1:]:
+        e = rho * e + math.sqrt(1 - rho ** 2) * n
+    return e
+
+
+def draw(run, args, keys, what, steps, mask=None, level=None, callback=None, requests=None, trace=None, near=None):
+    """x_0 (B,C,...) in the process's space and range for images of these keys: (i,) for image i, (i, j) for its candidate j > 0, a list of keys
+    for a slice and all below it (along). Each has a generator of its own, so that its noise is the same bits whatever shares its batch.
+    trace: gets the steps of --sampler adaptive. near (B,K,S,S): the slices below, for a run of --neighbours; none: 0."""
     name, ts, clip = solver(run, args, steps)
     device, weight = next(run.net.parameters()).device, args.cfg if what == 'image' else args.seg_cfg
-    sources = [generator(args.seed, what, *key) for key in keys]
-    noise = lambda: torch.stack([torch.randn(run.process.space.shape(run.args.size), generator=g) for g in sources]).to(device)
+    sources = [[generator(args.seed, what, *k) for k in (key if isinstance(key, list) else [key])] for key in keys]
+    fresh = lambda g: torch.randn(run.process.space.shape(run.args.size), generator=g)
+    noise = lambda: torch.stack([along(args.rho, [fresh(g) for g in some]) for some in sources]).to(device)
     extra = level[:, None].to(device) if run.args.slice_level else None
     null = [None] * len(keys)
     context = lesion_tokens(requests or null).to(device) if run.args.controllable else None
-    mask = None if mask is None else mask_condition(mask, run.args.p_uncond)
-    guidance = None if weight == 1 else Guidance(weight, args.cfg_interval, args.cfg_rescale, None if mask is None else torch.zeros_like(mask),
+    nothing = None
+    if mask is not None:
+        near = mask.new_zeros(len(keys), run.args.neighbours, *mask.shape[2:]) if run.args.neighbours and near is None else near
+        mask, nothing = (mask_condition(mask, run.args.p_uncond, present, near) for present in (None, torch.zeros(len(keys))))
+    guidance = None if weight == 1 else Guidance(weight, args.cfg_interval, args.cfg_rescale, nothing,
                                                  lesion_tokens(null).to(device) if run.args.controllable else None)
     denoise = make_denoise(run.model, run.process, mask, context, extra, args.dtype, clip, guidance)
     more = {'ddim': dict(eta=args.eta), 'adaptive': dict(tol=args.tol or 0.01, pair=args.pair or 'bs23', trace=trace)}.get(name, {})
@@ -328,27 +355,37 @@ def draw(run, args, keys, what, steps, mask=None, level=None, callback=None, req
 class Masks:
     """Mask number i, its slice level and where it comes from: (S,S) uint8, level, source patient, condition, spacing.
 
-    groups: lists of masks, each used in turn: one, or with --per-patient (which sets --n) one for each patient.
+    groups: lists of masks, each used in turn: one, or with --per-patient (which sets --n) one for each patient; with --stack the slices
+    of each volume, from the lowest up, whose spacing is then (z, y, x).
     """
 
     def __init__(self, args, size, box):
         self.args, items = args, []
         if args.data:
             data = load_slices(args.data, size, ('bravo',), box, args.split, args.cache)
-            rows = data.rows(args.part, args.empty_slices, args.seed)
-            rows = rows[torch.randperm(len(rows), generator=generator(args.seed, 'order')).numpy()]
+            rows = data.rows(args.part, None if args.stack else args.empty_slices, args.seed)
+            if not args.stack:
+                rows = rows[torch.randperm(len(rows), generator=generator(args.seed, 'order')).numpy()]
+            folders = {(data.table[r]['root'], data.table[r]['folder']) for r in rows} if args.stack else ()
+            dz = {f: read_nifti(find_file(Path(*f), 'seg'))[1][:1] for f in folders}
             items = [(data.masks[r, 0], data.table[r]['level'], data.table[r]['source'] or data.table[r]['patient'],
-                      f'{data.table[r]["folder"]}:{data.table[r]["z"]}', data.table[r]['spacing']) for r in rows]
+                      f'{data.table[r]["folder"]}:{data.table[r]["z"]}', [*dz.get((data.table[r]['root'], data.table[r]['folder']), ()), *data.table[r]['spacing']])
+                     for r in rows]
         elif args.masks:
             for p in find_patients([args.masks], ('seg',)):
                 volume, spacing = read_nifti(p['files']['seg'])
                 for z, m in enumerate(volume > 0):
                     pixel = [n * s / size for n, s in zip(m.shape, spacing[1:])]
                     m = m.astype(np.uint8) if m.shape == (size, size) else shrink_mask(m, size, 1.0, 0)[0]
-                    items.append((m, None, p['source'] if p['synthetic'] else p['name'], f'{p["folder"].name}:{z}', pixel))
+                    items.append((m, None, p['source'] if p['synthetic'] else p['name'], f'{p["folder"].name}:{z}', [*spacing[:1] * bool(args.stack), *pixel]))
         if not items and not args.seg:
             fail(f'{args.masks or args.part + " part of " + " ".join(args.data)}: holds no mask to use')
         self.groups = [items]
+        if args.stack:
+            self.groups = [g for g in (list(v) for _, v in itertools.groupby(items, lambda item: item[3].rsplit(':', 1)[0])) if len(g) > 1]
+            if not self.groups:
+                fail(f'--stack: {args.masks or args.part + " part of " + " ".join(args.data)} holds single slices only; a stack needs a volume of them')
+            args.n = args.n or len(self.groups)
         if args.per_patient:
             names = sorted({item[2] for item in items})
             self.groups = [[item for item in items if item[2] == name] for name in names]
@@ -567,17 +604,62 @@ def plot_steps(path, traces, args, guidance):
     print0(f'adaptive: {np.mean(forwards):.1f} forwards an image ({min(forwards):.0f} to {max(forwards):.0f}); look at {path}')
 
 
-def write_item(out, folder, image, mask, spacing, steps):
-    """One patient to disk: image (S,S) or None, mask (S,S), steps of --save-at as lists of t, x_t, x0_hat."""
+def write_item(out, folder, image, mask, spacing, steps, more=None):
+    """One patient to disk: image (S,S) or None, mask (S,S), steps of --save-at as lists of t, x_t, x0_hat, more images {name: (S,S)}."""
     zoom = max(1, 128 // mask.shape[-1])
     show = mask * 2 - 1 if image is None else image
-    files = {'preview.png': grid_png([[show, outline(show, mask, zoom=zoom)]], zoom=zoom)}
+    files = {'preview.png': grid_png([[show, outline(show, mask, zoom=zoom), *(shown_mc(more) if more else ())]], zoom=zoom)}
     if steps:
         t, x_t, x_0 = zip(*steps)
         buffer = io.BytesIO()
         np.savez_compressed(buffer, t=np.float32(t), x_t=np.float32(x_t), x0_hat=np.float32(x_0))
         files |= {'trajectory.npz': buffer.getvalue(), 'trajectory.png': grid_png([x_t, x_0], ['x_t', 'x0_hat'], zoom)}
-    write_patient(out / folder, {} if image is None else {'bravo': image}, mask, spacing, files)
+    write_patient(out / folder, {} if image is None else {'bravo': image, **(more or {})}, mask, spacing, files)
+
+
+def shown_mc(more):
+    """Mean and standard deviation of --mc as pictures; white is a deviation of 0.5, a quarter of the range."""
+    return more['bravo_mean'], 4 * more['bravo_std'] - 1
+
+
+def draw_stacks(args, run, masks, made, out):
+    """A volume for each patient's stack of masks. A run of --neighbours draws slice by slice from the lowest up, one slice of many patients
+    at a time; without, slices know of each other through their noise alone (--rho). Slices left out for too little head leave no gap."""
+    K, size, device, (name, ts, _) = run.args.neighbours, run.args.size, next(run.net.parameters()).device, solver(run, args, args.steps)
+    queue, stop = deque([i for i in range(args.n) if i not in made.tables['manifest']][rank()::world()]), Stop()
+    print0(f'{out}: {args.n} stacks, {args.n - len(queue)} there already; {name} with {len(ts) - 1} steps; noise correlation {args.rho or 0:g}; '
+           + (f'each slice sees the {K} below it' if K else 'slices do not see each other (train_bravo.py --neighbours)'))
+    bar = progress(total=len(queue), unit='stack')
+    while queue:
+        ids = [queue.popleft() for _ in range(min(args.batch_size if K else 1, len(queue)))]
+        stacks = [masks.groups[i % len(masks.groups)] for i in ids]
+        volumes = [np.zeros((len(s), size, size), np.float32) for s in stacks]
+        waves = [[(b, z) for b, s in enumerate(stacks) if z < len(s)] for z in range(max(map(len, stacks)))]
+        for wave in waves if K else [sum(waves, [])]:
+            for part in (wave[k:k + args.batch_size] for k in range(0, len(wave), args.batch_size)):
+                if stop.signum:
+                    print0(f'{out}: stopped by signal {stop.signum}; the same command goes on')
+                    raise SystemExit(128 + stop.signum)
+                mask = torch.from_numpy(np.stack([stacks[b][z][0] for b, z in part])).float()[:, None].to(device)
+                level = torch.tensor([z / (len(stacks[b]) - 1) for b, z in part])
+                near = [[volumes[b][z - j] if z >= j else np.zeros_like(volumes[b][0]) for j in range(1, K + 1)] for b, z in part]
+                keys = [[(ids[b], 'slice', y) for y in range(0 if args.rho else z, z + 1)] for b, z in part]
+                x_0 = draw(run, args, keys, 'image', args.steps, mask, level, near=torch.from_numpy(np.array(near)).to(device) if K else None)
+                for (b, z), image in zip(part, run.process.from_range(x_0).clamp(-1, 1).cpu().numpy()[:, 0]):
+                    volumes[b][z] = image
+        for i, s, volume in zip(ids, stacks, volumes):
+            folder, mask, show = f'syn_{args.seed}_{i:06d}', np.stack([item[0] for item in s]), np.linspace(0, len(s) - 1, 8).round().astype(int)
+            preview = grid_png([[outline(volume[z], mask[z], zoom=max(1, 128 // size)) for z in show]])
+            write_patient(out / folder, {'bravo': volume}, mask, s[0][4], {'preview.png': preview})
+            made.add('manifest', [folder, i, args.seed, f'{s[0][3]}-{s[-1][3].rsplit(":", 1)[1]}', s[0][2], '', int(mask.sum()), name, len(ts) - 1, run.hash, ''])
+            bar.update()
+    bar.close(), stop.restore()
+    rows, = made.close()
+    if rank() == 0:
+        shown = [Image.open(out / r['folder'] / 'preview.png') for r in rows[:6]]
+        save_grid(out / 'grid.png', [[np.asarray(p.convert('RGB'))] for p in shown])
+        print0(f'{out}: {len(rows)} volumes; look at {out}/grid.png, then: python evaluate.py coherence --fake {out} --data DIR')
+    barrier()
 
 
 def bake_sparse(net, device, dtype):
@@ -659,6 +741,8 @@ def main(args):
     made = Set(args, runs, requests, judge)
     if args.pairs:
         return write_pairs(args, main_run, conditions, out)
+    if args.stack:
+        return draw_stacks(args, main_run, masks, made, out)
     guidance = Guidance(args.cfg if args.bravo else args.seg_cfg, args.cfg_interval)
     asked = asked_times(name, ts, main_run.process)
     told, traces = f'{name} with {len(ts) - 1} steps = {len(asked) + sum(guidance.at(t).item() for t in asked)} forwards an image', []
@@ -666,10 +750,10 @@ def main(args):
         told += ', some at times that the network was not trained on'
     if name == 'adaptive':
         told = f'adaptive, {args.pair or "bs23"}, at times that the network was not trained on'
-    N, cap = args.best_of or 1, (args.max_draws or 20 * (args.best_of or 1)) // (args.best_of or 1)
+    N, cap = args.best_of or args.mc or 1, (args.max_draws or 20 * (args.best_of or 1)) // (args.best_of or 1)
     rounds = Counter(r[0] for r in made.tables.get('rejected', {}).values() if r[-1] in ('copy', 'distorted'))
     todo = [(i, rounds[str(i)]) for i in range(args.n) if i not in made.tables['manifest']]
-    print0(f'{out}: {args.n} patients, {args.n - len(todo)} there already; {told}' + (f'; best of {N}' if N > 1 else '')
+    print0(f'{out}: {args.n} patients, {args.n - len(todo)} there already; {told}' + (f'; best of {N}' if args.best_of else f'; {N} draws a mask' if args.mc else '')
            + (f'; kept where p(bad) < {judge.threshold:.4g}' if judge.threshold < 2 else '') + (f'; a copy above {judge.cut:.4f}' if judge.cut < 2 else ''))
 
     def candidate(c, batch, mask, level, about):
@@ -701,7 +785,9 @@ def main(args):
         drawn = zip(*[candidate(c, batch, mask, level, about) for c in range(N)])
         for (i, r), m, z, (source, condition, spacing), mine in zip(batch, mask.cpu().numpy()[:, 0], level.tolist(), about, drawn):
             best, *lost = sorted(mine, key=judge.order) if judge.on else mine
-            lost, why = [(v, 'not the best') for v in lost], judge.why(best['score']) if judge.on else ''
+            drawn_ = np.stack([v['image'] for v in mine]).astype(np.float64) if args.mc else None
+            more = dict(bravo_mean=np.float32(drawn_.mean(0)), bravo_std=np.float32(drawn_.std(0, ddof=1))) if args.mc else None
+            lost, why = [(v, 'not the best') for v in lost if judge.on], judge.why(best['score']) if judge.on else ''
             for v, reason in lost + ([(best, why)] if why else []):
                 made.add('rejected', [i, args.seed, condition, source, int(m.sum()), *v['row'], reason])
             if why:
@@ -709,7 +795,7 @@ def main(args):
                 shown.extend([(best['image'], m)] if len(shown) < 16 else [])
             else:
                 folder = f'syn_{args.seed}_{i:06d}'
-                write_item(out, folder, best['image'], m, spacing, best['steps'])
+                write_item(out, folder, best['image'], m, spacing, best['steps'], more)
                 made.add('manifest', [folder, i, args.seed, condition, source, f'{z:.4f}', int(m.sum()), name, len(ts) - 1,
                                       *(runs[k].hash if k in runs else '' for k in ('bravo', 'seg')),
                                       *([f'{p[wish(i)].log().item():.6f}', f'{undo[wish(i)].item():.6f}'] if args.hard_cases else []), *best['row']])
@@ -731,6 +817,13 @@ def main(args):
             pairs = [(x, outline(x, y, zoom=zoom)) for x, y in pairs]
             if pairs:
                 save_grid(out / file, [[p[k] for p in pairs[r:r + 8]] for r in range(0, len(pairs), 8) for k in (0, 1)], None, zoom)
+        if args.mc:
+            maps = [[read_nifti(f / f'{k}.nii.gz')[0][0] for f in first] for k in ('bravo_mean', 'bravo_std')]
+            inside, outside = (np.mean([v[(s > 0) == k].mean() for v, s in zip(maps[1], m) if ((s > 0) == k).any()] or [math.nan]) for k in (True, False))
+            save_grid(out / 'mc.png', [a[:8], *map(list, zip(*[shown_mc(dict(bravo_mean=x, bravo_std=y)) for x, y in zip(*maps)][:8]))],
+                      ['first draw', f'mean of {args.mc}', 'deviation x 4'], zoom)
+            print0(f'standard deviation over {args.mc} seeds (each +- {1 / math.sqrt(2 * args.mc - 2):.0%}): {inside:.3f} in tumours, {outside:.3f} elsewhere; the mean '
+                   f'is a blur, not a sample; fewer steps spread less; look at {out}/mc.png')
         empty = sum(int(r['tumour_pixels']) == 0 for r in rows)
         if name == 'adaptive' and args.bravo and kept:
             plot_steps(out / 'steps.png', traces, args, guidance)

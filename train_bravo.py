@@ -21,6 +21,8 @@ def get_args(argv=None):
     g.add_argument('--lpips-weights', metavar='FILE', help='LPIPS linear heads; none: layers unweighted')
     g.add_argument('--fft', type=number(float, 0), default=0.0, help='weight of the focal frequency loss at low noise; 0: off')
     g.add_argument('--fft-log', type=number(float, 0), default=0.0, help='weight of the log-magnitude spectrum loss at low noise; 0: off')
+    g = p.add_argument_group('stacks')
+    g.add_argument('--neighbours', type=number(int, 0, 8), default=0, metavar='K', help='also show the K slices below, for sample.py --stack; 0: off')
     g = p.add_argument_group('reflow')
     g.add_argument('--reflow', metavar='DIR', help='train on the pairs of noise and image in DIR (sample.py --pairs) instead of patients')
     g.add_argument('--distill', action='store_true', help='with --reflow: only at t=1, for images in one step')
@@ -36,6 +38,8 @@ def get_args(argv=None):
     args = p.parse_args(argv)
     given = {k for k, v in vars(args).items() if v != p.get_default(k)}
     args = finish_spaces(finish_args(prepare_vae(args, given)), given)
+    if args.neighbours and (args.wavelet or args.latent or args.reflow or args.model == 'mmdit'):
+        fail(f'--neighbours {args.neighbours}: shows pixels of patients as channels; leave --wavelet, --latent, --reflow and --model mmdit away')
     if args.reflow and not (args.rflow and args.init):
         fail('--reflow: straightens a trained flow; add --rflow and --init RUN, the run that made the pairs')
     if args.reflow and args.progressive:
@@ -460,6 +464,19 @@ def straightness(net, process, pairs, args, device, n=64, steps=25):
     return float(torch.stack([(start - end - v).square().mean() for v in slopes]).mean())
 
 
+def below(table, k):
+    """Row numbers of the k slices below each of a table's, the nearest first: (N,k); -1 where its folder has none."""
+    of = [(r['root'], r['folder']) for r in table]
+    return np.array([[i - j if i >= j and of[i - j] == of[i] else -1 for j in range(1, k + 1)] for i in range(len(of))], np.int64).reshape(len(of), k)
+
+
+def worn(near, u, noise):
+    """Neighbours (B,K,S,S) as a sampler may show them: an image in five has none (0 everywhere, which is no slice), the others have noise
+    of standard deviation 0 to 0.2, for a drawn slice has faults, which must not grow along a stack (Ho 2022, 2106.15282). u (B,2) uniform."""
+    gone, sigma = u.T[..., None, None, None]
+    return torch.where((gone < 0.2) | (near == 0).all((2, 3), keepdim=True), 0.0, near + 0.2 * sigma * noise)
+
+
 def main(args):
     # run folder, data
     device, out = setup(args), Path(args.out)
@@ -477,6 +494,7 @@ def main(args):
     pairs = read_pairs(args.reflow, args.size, args.split, space) if args.reflow else None
     rows = np.arange(len(pairs.image)) if pairs else rows
     level = torch.tensor([r['level'] for r in data.table])
+    lower = below(data.table, args.neighbours)
     print0(f'training on {len(rows)} {"pairs" if pairs else "slices"}, held out {len(val)}')
     if args.vae:
         return train_vae(args, state, data, rows, val, device)
@@ -486,6 +504,12 @@ def main(args):
         extra = level[picked][:, None] if args.slice_level else None
         return torch.tensor(sets[size].images[picked]), torch.tensor(sets[size].masks[picked]).float(), extra
 
+    def near(picked, size=args.size):
+        """The slices below (B,K,S,S), 0 where there is none; None without --neighbours."""
+        if not args.neighbours:
+            return None
+        return torch.tensor(sets[size].images[lower[picked]][:, :, 0] * (lower[picked] >= 0)[..., None, None].astype(np.float32))
+
     def to_x_0(images, picked):
         """x_0 of a batch; latents were encoded once, but an augmented image has another latent."""
         known = latents is not None and not args.augment
@@ -493,7 +517,8 @@ def main(args):
 
     # network, process, optimiser
     torch.manual_seed(seed_of(args.seed, 'weights') % 2 ** 32)
-    net = build_net(args, in_channels=space.in_channels(1 + (args.p_uncond > 0)), out_channels=space.channels, extra_dim=int(args.slice_level))
+    net = build_net(args, in_channels=space.in_channels(1 + (args.p_uncond > 0)) + args.neighbours, out_channels=space.channels,
+                    extra_dim=int(args.slice_level))
     if args.init and not state:
         load_init(net, args)
     net = net.to(device)
@@ -501,7 +526,7 @@ def main(args):
     process.space = space
     if args.prune and not state:                                             # of the network from --init; the training goes on with what is left
         x_0, mask, extra = (v if v is None else v.to(device) for v in batch(rows[:64]))
-        prune(net, process, args, process.to_range(x_0), mask_condition(mask, args.p_uncond), None, extra)
+        prune(net, process, args, process.to_range(x_0), mask_condition(mask, args.p_uncond, near=near(rows[:64])), None, extra)
     if state:
         fit_pruned(net, state['net'])
         net.load_state_dict(state['net'])
@@ -536,6 +561,9 @@ def main(args):
         t, u = process.draw_t(B, g, curriculum.window, size / sizes[0]), torch.rand(B, 5, generator=g)
         present = torch.rand(B, generator=g) >= args.p_uncond                # whose condition the network is told
         noise = torch.randn(B, *space.shape(size), generator=generator(args.seed, 'noise', step, device=device), device=device)
+        if args.neighbours:                                                  # draws of their own, so that all others stay as they are
+            g = generator(args.seed, 'neighbours', step)
+            w, wear = torch.rand(B, 2, generator=g), torch.randn(B, args.neighbours, size, size, generator=g)
         if pairs:
             noise, t = pairs.noise[picked].to(device), torch.ones(B) if args.distill else t
         for _, sparse in sparse_layers(net) if args.dense_tail else ():
@@ -544,10 +572,15 @@ def main(args):
         for k in range(args.accumulate):
             mine = slice((rank() * args.accumulate + k) * part, (rank() * args.accumulate + k + 1) * part)
             x_0, mask, extra = (v if v is None else v.to(device, non_blocking=True) for v in (pair_batch if pairs else batch)(picked[mine], size))
+            shown = near(picked[mine], size)
             if args.augment:
-                x_0, mask = augment(x_0, mask, u[mine])
+                x_0, mask = augment(x_0 if shown is None else torch.cat([x_0, shown.to(device)], 1), mask, u[mine])
+            if shown is not None:
+                none = (shown == 0).all((2, 3), keepdim=True)                # augment fills the outside with background
+                shown = torch.where(none, 0.0, x_0[:, 1:].cpu()) if args.augment else shown
+                x_0, shown = x_0[:, :1], worn(shown, w[mine], wear[mine])
             x_0, times = x_0 if pairs else to_x_0(x_0, picked[mine]), t[mine].to(device, non_blocking=True)
-            given = mask_condition(mask, args.p_uncond, present[mine])
+            given = mask_condition(mask, args.p_uncond, present[mine], shown)
             last = k == args.accumulate - 1
             with contextlib.nullcontext() if last or world() == 1 else model.no_sync():
                 with autocast(device, args.dtype):
@@ -579,7 +612,7 @@ def main(args):
         for part in (slice(i, i + args.batch_size) for i in range(0, len(picked), args.batch_size)):
             x_0, mask, extra, eps, times = (v if v is None else v.to(device) for v in (*batch(picked[part]), noise[part], t[part]))
             with autocast(device, args.dtype):
-                square = process.loss(network, to_x_0(x_0, picked[part]), eps, times, mask_condition(mask, args.p_uncond), extra=extra)[1]
+                square = process.loss(network, to_x_0(x_0, picked[part]), eps, times, mask_condition(mask, args.p_uncond, near=near(picked[part])), extra=extra)[1]
             losses.add(1, process.log_snr(times), square, None if space.about else mask)
         return losses.held_out()
 
@@ -592,7 +625,7 @@ def main(args):
         picked = pool[np.linspace(0, len(pool), 8, endpoint=False).astype(int)]
         x_0, mask, extra = (v if v is None else v.to(device) for v in batch(picked, size))
         twice = lambda v: v if v is None else torch.cat([v, v])
-        denoise = make_denoise(ema.net, process, twice(mask_condition(mask, args.p_uncond)), None, twice(extra), args.dtype, clip=not args.rflow and not space.about)
+        denoise = make_denoise(ema.net, process, twice(mask_condition(mask, args.p_uncond, near=near(picked, size))), None, twice(extra), args.dtype, clip=not args.rflow and not space.about)
         noise = torch.cat([torch.randn(len(x_0), *space.shape(size), generator=generator('picture', k)) for k in range(2)]).to(device)
         made = sample_ddim(denoise, noise, process.times(min(25 if args.rflow else 50, args.steps or 25), shift=process.shift), process)
         rows_ = process.from_range(made).float().cpu()[:, 0].chunk(2)
@@ -617,7 +650,7 @@ def main(args):
         if rank() == 0:
             save_checkpoint(out, dict(net=net.state_dict(), ema=ema.net.state_dict(), ema_updates=ema.updates, opt=opt.state_dict(),
                                       step=step, args=plain(args), box=list(data.box), spacing=list(spacing),
-                                      in_channels=space.in_channels(1 + (args.p_uncond > 0)), out_channels=space.channels,
+                                      in_channels=net.in_channels, out_channels=space.channels,
                                       extra_dim=int(args.slice_level), loss_by_t=losses.sums.cpu(), space=space.about, curriculum=curriculum.state), args.keep_every)
             losses.write(out / 'loss_by_t.csv')
 
