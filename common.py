@@ -465,7 +465,9 @@ def components(mask):
     m = torch.from_numpy(np.array(mask)) > 0
     if not m.any():
         return np.zeros(mask.shape, np.int64), 0
-    pool = F.max_pool2d if m.ndim == 2 else F.max_pool3d
+    pool, whole = F.max_pool2d if m.ndim == 2 else F.max_pool3d, torch.zeros(m.shape, dtype=torch.int64)
+    box = tuple(slice(int(i.min()), int(i.max()) + 1) for i in m.nonzero(as_tuple=True))
+    m = m[box]                                              # the rest of a volume would only take time
     seed = torch.arange(m.numel(), 0, -1, dtype=torch.float64).view(m.shape)
     label = seed * m
     while True:                                             # the largest seed of a piece floods it
@@ -475,7 +477,8 @@ def components(mask):
             break
         label = new
     values, index = torch.unique(-label, return_inverse=True)                 # sorted: first voxel first, background last
-    return ((index + 1) * m).numpy(), len(values) - (1 if not m.all() else 0)
+    whole[box] = (index + 1) * m
+    return whole.numpy(), len(values) - (1 if not m.all() else 0)
 
 
 def lesion_records(mask):
@@ -520,12 +523,14 @@ def shrink_mask(mask, size, pixel_area, speck):
     """A slice's mask (H,W) on a size x size grid, and counts of lesions kept, rescued and dropped.
 
     A piece below `speck` mm^2 is dropped. A grid pixel is tumour when at least half of it is. A piece that would vanish
-    by that rule keeps the one pixel that holds most of it, so that no real lesion is lost.
+    by that rule keeps the one pixel that holds most of it, so that no real lesion is lost. The same of a volume (Z,H,W) on the
+    grid size (D,S,S), its pieces and their limit in mm^3.
     """
     labels, n = components(mask)
-    area = lambda m: F.adaptive_avg_pool2d(torch.from_numpy(m.astype(np.float32))[None], size)[0].numpy()
+    pool, size = (F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)[mask.ndim - 2], (size, size) if mask.ndim == 2 else size
+    area = lambda m: pool(torch.from_numpy(m.astype(np.float32))[None], size)[0].numpy()
     pieces = [m for m in (labels == i for i in range(1, n + 1)) if m.sum() * pixel_area >= speck]
-    out = area(np.any(pieces, axis=0)) >= 0.5 if pieces else np.zeros((size, size), bool)
+    out = area(np.any(pieces, axis=0)) >= 0.5 if pieces else np.zeros(size, bool)
     rescued = 0
     for m in pieces:
         share = area(m)
@@ -535,9 +540,22 @@ def shrink_mask(mask, size, pixel_area, speck):
     return out.astype(np.uint8), np.array([len(pieces), rescued, n - len(pieces)])
 
 
-def decode_patient(patient, size, box, speck, labels=None):
+def resample(images, size, depth=None):
+    """images (C,Z,H,W) in [-1,1] -> (C,Z,size,size), linear after a filter where it shrinks; the same along z with depth."""
+    linear = lambda v, shape: F.interpolate(v, shape, mode='bilinear', antialias=True).clamp(-1, 1)
+    C, Z, H, W = images.shape
+    if (H, W) != (size, size):
+        images = linear(torch.from_numpy(images.reshape(-1, 1, H, W)), (size, size)).view(C, Z, size, size).numpy()
+    if depth not in (None, Z):
+        images = linear(torch.from_numpy(images.reshape(C, 1, Z, -1)), (depth, size * size)).view(C, depth, size, size).numpy()
+    return images
+
+
+def decode_patient(patient, size, box, speck, labels=None, depth=None):
     """Slices of one patient on the size x size grid: images (N,C,S,S) in [-1,1], masks (N,1,S,S), rows for the table.
 
+    depth: instead one volume of so many slices, from the first to the last that would be used: (1,C,D,S,S), (1,1,D,S,S), one row,
+    its spacing (z, y, x); pieces of its mask below speck^1.5 mm^3 are dropped (a cube on a square of speck mm^2).
     A synthetic patient is taken as it is: its files are already in [-1, 1] and cut to the box.
     """
     images, mask, spacing, notes = read_patient(patient, labels)
@@ -550,17 +568,22 @@ def decode_patient(patient, size, box, speck, labels=None):
     images, mask, head = crop(images, bounds, -1), crop(mask, bounds, 0), crop(head, bounds, False)
     covered = head.mean(axis=(1, 2))
     use = np.flatnonzero(covered >= MIN_HEAD) if not patient['synthetic'] else np.arange(len(mask))
+    pixel = [mask.shape[1 + i] * spacing[1 + i] / size for i in (0, 1)]
+    if depth and len(use):
+        images, mask = (v[..., use[0]:use[-1] + 1, :, :] for v in (images, mask))
+        masks, counts = shrink_mask(mask, (depth, size, size), math.prod(spacing), speck ** 1.5)
+        notes.update(zip(('lesions kept', 'kept as one voxel', f'specks below {speck ** 1.5:g} mm3 dropped'), counts.tolist()))
+        table = [dict(folder=patient['folder'].name, patient=patient['name'], source=patient['source'], z=int(use[0]), level=0.5, level_known=False,
+                      tumour=int(masks.sum()), spacing=[len(mask) * spacing[0] / depth, *pixel], root=str(patient['root']))]
+        return np.ascontiguousarray(resample(images, size, depth)[None], np.float32), masks[None, None], table, notes
     notes['slices with too little head left out'] = len(mask) - len(use)
-    if images.shape[2:] != (size, size):
-        images = F.interpolate(torch.from_numpy(images.reshape(-1, 1, *images.shape[2:])), (size, size), mode='bilinear',
-                               antialias=True).clamp(-1, 1).view(*images.shape[:2], size, size).numpy()
+    images = resample(images, size)
     masks, counts = np.zeros((len(use), 1, size, size), np.uint8), np.zeros(3, int)
     for i, z in enumerate(use):
         masks[i, 0], c = shrink_mask(mask[z], size, spacing[1] * spacing[2], speck)
         counts += c
     notes.update(zip(('lesions kept', 'kept as one pixel', f'specks below {speck:g} mm2 dropped'), counts.tolist()))
     span = max(use[-1] - use[0], 1) if len(use) else 1
-    pixel = [mask.shape[1 + i] * spacing[1 + i] / size for i in (0, 1)]
     table = [dict(folder=patient['folder'].name, patient=patient['name'], source=patient['source'], z=int(z),
                   level=(float(z - use[0]) / span if len(use) > 1 else 0.5), level_known=len(use) > 1,
                   tumour=int(masks[i].sum()), spacing=pixel, root=str(patient['root'])) for i, z in enumerate(use)]
@@ -568,7 +591,8 @@ def decode_patient(patient, size, box, speck, labels=None):
 
 
 class Slices:
-    """Decoded slices, memory-mapped: images (N,C,S,S) float32 in [-1,1], masks (N,1,S,S) uint8, table of N dicts, box."""
+    """Decoded slices, memory-mapped: images (N,C,S,S) float32 in [-1,1], masks (N,1,S,S) uint8, table of N dicts, box.
+    Of load_slices with depth: volumes (N,C,D,S,S), (N,1,D,S,S)."""
 
     def __init__(self, directory, box):
         info = json.loads((directory / 'index.json').read_text())
@@ -590,9 +614,9 @@ class Slices:
 
 
 def load_slices(roots, size, modalities=('bravo',), box=None, split=None, cache='runs/cache', labels=None, speck=4.0,
-                training=True):
+                training=True, depth=None):
     """Decodes all patients of the roots once, then memory-maps what is on disk. Returns Slices with part set per row.
-    training=False: to look at synthetic patients of any source.
+    training=False: to look at synthetic patients of any source. depth: a row is a volume of so many slices instead of a slice.
 
     The cache's key holds all that changes a decoded slice. It is written aside and renamed, so that several processes
     may start at once: the first to finish wins, the others throw theirs away.
@@ -613,7 +637,7 @@ def load_slices(roots, size, modalities=('bravo',), box=None, split=None, cache=
             atomic_write(note, json.dumps(measure_box(train or real, labels)).encode())
         box = json.loads(note.read_text())
     box = tuple(box)
-    directory = cache / key(size, box, speck)
+    directory = cache / key(size, box, speck, *([depth] if depth else []))
     if not directory.exists():
         tmp = cache / f'.{directory.name}.{uuid.uuid4().hex[:8]}.tmp'
         tmp.mkdir()
@@ -621,14 +645,14 @@ def load_slices(roots, size, modalities=('bravo',), box=None, split=None, cache=
             table, totals = [], {}
             with open(tmp / 'images.f32', 'wb') as f, open(tmp / 'masks.u8', 'wb') as g:
                 for p in progress(patients, 'decoding', leave=False):
-                    images, masks, rows, notes = decode_patient(p, size, box, speck, labels)
+                    images, masks, rows, notes = decode_patient(p, size, box, speck, labels, depth)
                     images.tofile(f)
                     masks.tofile(g)
                     table += rows
                     totals = {k: totals.get(k, 0) + notes.get(k, 0) for k in {**totals, **notes}}
             if not table:
                 fail(f'--data {" ".join(map(str, roots))}: no slice has a head that covers {MIN_HEAD:.0%} of the brain box')
-            shape = [len(table), len(modalities), size, size]
+            shape = [len(table), len(modalities), *([depth] if depth else []), size, size]
             (tmp / 'index.json').write_text(json.dumps(dict(shape=shape, table=table, notes=totals)))
             os.rename(tmp, directory)
         except OSError:
@@ -640,7 +664,8 @@ def load_slices(roots, size, modalities=('bravo',), box=None, split=None, cache=
     part = {(str(p['root']), p['folder'].name): p['part'] for p in patients}
     data.part = [part[r['root'], r['folder']] for r in data.table]
     names = {part: len({p['name'] for p in real if p['part'] == part}) for part in PARTS}
-    print0(f'data: {len(real)} real and {len(patients) - len(real)} synthetic folders, {len(data.table)} slices of {size}x{size}; '
+    kind = f'volumes of {depth}x' if depth else 'slices of '
+    print0(f'data: {len(real)} real and {len(patients) - len(real)} synthetic folders, {len(data.table)} {kind}{size}x{size}; '
            f'patients ' + ', '.join(f'{k} {v}' for k, v in names.items()) + f'; brain box {box}')
     told = '; '.join(f'{v} {k}' for k, v in data.notes.items() if v)
     print0(f'data: {told}' if told else 'data: nothing left out')
@@ -650,8 +675,10 @@ def load_slices(roots, size, modalities=('bravo',), box=None, split=None, cache=
 def augment(images, masks, u):
     """Left-right flip (p=1/2), rotation +-10 degrees, scale +-10 %, shift +-5 %: the same for an image and its mask.
 
-    images (B,C,H,W) in [-1,1], bilinear, background outside; masks (B,1,H,W), nearest. u (B,5): uniform draws in [0,1).
+    images (B,C,H,W) in [-1,1], bilinear, background outside; masks (B,1,H,W), nearest. u (B,5): uniform draws in [0,1). All slices
+    of a volume (B,C,D,H,W) move alike, none along z.
     """
+    shapes, images, masks = (images.shape, masks.shape), images.flatten(1, -3), masks.flatten(1, -3)
     n, u = len(images), 2 * u - 1
     angle, scale, flip = u[:, 0] * math.pi / 18, 1 + 0.1 * u[:, 1], torch.where(u[:, 2] < 0, -1.0, 1.0)
     theta = torch.zeros(n, 2, 3)
@@ -660,7 +687,23 @@ def augment(images, masks, u):
     theta[:, :, 2] = 0.1 * u[:, 3:]                          # in half-widths, so 5 % of the width
     grid = F.affine_grid(theta, list(images[:, :1].shape), align_corners=False).to(images.device)
     moved = F.grid_sample(images + 1, grid, mode='bilinear', align_corners=False) - 1
-    return moved, F.grid_sample(masks, grid, mode='nearest', align_corners=False)
+    return moved.view(shapes[0]), F.grid_sample(masks, grid, mode='nearest', align_corners=False).view(shapes[1])
+
+
+def crop_volumes(images, masks, crop, u, lesions=0.0):
+    """A crop (d, s) of each volume: images and masks (B,1,D,S,S) -> (B,1,d,s,s), and where it lies (B,6): its corners z, y, x and
+    far ends as fractions of the volume. u (B,4): uniform draws. lesions: the share that has a tumour voxel, any one, in its middle
+    (as far as the borders let it), where there is a tumour; the others lie anywhere."""
+    grid, size, out = torch.tensor(images.shape[2:]), torch.tensor([crop[0], crop[1], crop[1]]), ([], [], [])
+    for image, mask, v in zip(images, masks, u):
+        at = (v[1:] * (grid - size + 1)).long()
+        if v[0] < lesions and mask.any():
+            voxels = (mask[0] > 0).nonzero()
+            at = (voxels[int(v[0] / lesions * len(voxels))].cpu() - size // 2).clamp(min=0).minimum(grid - size)
+        piece = (slice(None), *(slice(a, a + s) for a, s in zip(at.tolist(), size.tolist())))
+        for part, value in zip(out, (image[piece], mask[piece], torch.cat([at / grid, (at + size) / grid]))):
+            part.append(value)
+    return torch.stack(out[0]), torch.stack(out[1]), torch.stack(out[2]).to(images.device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1000,9 +1043,9 @@ class Upsample(nn.Module):
         small = torch.einsum(rule, w, *[self.taps.to(w.dtype)] * dims)                                    # (2,.., O, I, 2,..)
         outs = (F.conv2d, F.conv3d)[dims - 2](x, small.flatten(0, dims), self.conv.bias.repeat(2 ** dims), padding=1)
         n, c = x.shape[2:], len(self.conv.bias)
+        last = (torch.channels_last, torch.channels_last_3d)[dims - 2]
         y = torch.empty(x.shape[0], c, *(2 * s for s in n), dtype=outs.dtype, device=x.device,
-                        memory_format=torch.channels_last if dims == 2 and outs.is_contiguous(memory_format=torch.channels_last)
-                        else torch.contiguous_format)
+                        memory_format=last if outs.is_contiguous(memory_format=last) else torch.contiguous_format)
         for i in range(2 ** dims):
             phase = [(i >> (dims - 1 - a)) & 1 for a in range(dims)]
             part = outs[(slice(None), slice(i * c, (i + 1) * c), *(slice(p, p + s) for p, s in zip(phase, n)))]
@@ -1173,11 +1216,13 @@ VAES = {'2': [(2, 2)], '2x4': [(2, 2), (1, 2)], '4': [(2, 2)] * 2, '8': [(2, 2)]
 
 
 def build_autoencoder(args):
-    """The autoencoder that --vae, --channels, --layers, --latent-channels describe, and its factor (y, x)."""
-    strides, channels, factor = VAES[args.vae], tuple(args.channels), tuple(math.prod(s) for s in zip(*VAES[args.vae]))
+    """The autoencoder that --vae, --channels, --layers, --latent-channels describe, and its factor (y, x), with --volume (z, y, x)."""
+    dims, channels = 3 if getattr(args, 'volume', None) else 2, tuple(args.channels)
+    strides = [s[:1] * (dims - 2) + s for s in VAES[args.vae]]
+    factor = tuple(math.prod(s) for s in zip(*strides))
     if args.vae == 'multiscale':
-        return MultiScale(1, args.latent_channels, channels, args.layers, norm_groups=args.norm_groups), factor
-    return Autoencoder(1, args.latent_channels, channels, args.layers, strides, norm_groups=args.norm_groups), factor
+        return MultiScale(1, args.latent_channels, channels, args.layers, dims, args.norm_groups), factor
+    return Autoencoder(1, args.latent_channels, channels, args.layers, strides, dims, args.norm_groups), factor
 
 
 def time_embedding(t, channels, max_period=10000):
@@ -1188,6 +1233,16 @@ def time_embedding(t, channels, max_period=10000):
     return F.pad(torch.cat([args.cos(), args.sin()], 1), (0, channels % 2))
 
 
+def coordinates(x, where=None):
+    """Where each voxel of x (B,C,D,H,W) lies in its volume, from -1 to 1 along z, y, x: (B,3,D,H,W). where: of crop_volumes; none: all of it."""
+    where = x.new_tensor([0, 0, 0, 1, 1, 1]).expand(len(x), 6) if where is None else where.to(x)
+    low, span, out = where[:, :3], where[:, 3:] - where[:, :3], []
+    for axis, n in enumerate(x.shape[2:]):
+        u = low[:, axis:axis + 1] + span[:, axis:axis + 1] * ((torch.arange(n, device=x.device) + 0.5) / n)
+        out.append((2 * u - 1).view(len(x), *(n if axis == a else 1 for a in range(3))).expand(len(x), *x.shape[2:]))
+    return torch.stack(out, 1)
+
+
 class UNet(nn.Module):
     """The U-Net of Ho 2020 / Rombach 2022 in 2D or 3D: same function as MONAI's DiffusionModelUNet for the same weights.
 
@@ -1196,10 +1251,11 @@ class UNet(nn.Module):
     extra_dim: length of the vector `extra`, joined to the time embedding through a layer that starts at zero.
     norm_groups: of every GroupNorm. A width of 32 with MONAI's 32 groups leaves one channel a group: the norm then takes
     away the time embedding, a constant of each channel, and the level is blind to t. Narrow networks need fewer groups.
+    placed: trained on crops of volumes (--crop), so that `extra` says where x lies and becomes three more channels.
     """
 
     def __init__(self, in_channels, out_channels, channels=(128, 256, 256), attention=(0, 1, 1), layers=1,
-                 head_channels=256, context_dim=None, dims=2, extra_dim=0, norm_groups=32):
+                 head_channels=256, context_dim=None, dims=2, extra_dim=0, norm_groups=32, placed=False):
         super().__init__()
         if len(attention) != len(channels):
             fail(f'--attention has {len(attention)} levels, --channels {len(channels)}; give one 0 or 1 for each level')
@@ -1217,7 +1273,7 @@ class UNet(nn.Module):
                 return SpatialTransformer(c, min(head_channels, c), groups(c), conv, context_dim)
             return SpatialAttention(c, min(head_channels, c), groups(c), conv)
 
-        self.conv_in = conv(in_channels, channels[0])
+        self.placed, self.conv_in = placed, conv(in_channels + 3 * placed, channels[0])
         self.time_embed = nn.Sequential(nn.Linear(channels[0], embed), nn.SiLU(), nn.Linear(embed, embed))
         self.extra_embed = nn.Sequential(nn.Linear(extra_dim, embed), nn.SiLU(), zero_(nn.Linear(embed, embed))) if extra_dim else None
         self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
@@ -1254,7 +1310,7 @@ class UNet(nn.Module):
         emb = self.time_embed(time_embedding(1000 * t.float(), self.width).to(self.conv_in.weight.dtype))
         if self.extra_embed is not None:
             emb = emb + self.extra_embed(extra)
-        emb = F.silu(emb)
+        x, emb = torch.cat([x, coordinates(x, extra)], 1) if self.placed else x, F.silu(emb)
         run = lambda layer, *inputs: run_block(self, layer, *inputs)
 
         def level(block, h, skips=None, keep=None):
@@ -1619,17 +1675,23 @@ def sparse_layers(net):
 
 def build_net(args, in_channels, out_channels, extra_dim=0):
     """The network that the flags (or a stored run's) describe."""
-    context_dim = TOKEN if args.controllable else None
-    sizes = dict(patch=args.patch, width=args.width, depth=args.depth, heads=args.heads)
+    context_dim, dims = TOKEN if args.controllable else None, 3 if args.volume else 2
+    sizes = dict(patch=args.patch, width=args.width, depth=args.depth, heads=args.heads, dims=dims)
     if args.model == 'unet':
         net = UNet(in_channels, out_channels, tuple(args.channels), tuple(args.attention), args.layers, args.head_channels, context_dim,
-                   extra_dim=extra_dim, norm_groups=args.norm_groups)
+                   dims, extra_dim, args.norm_groups, bool(args.crop))
     elif args.model == 'mmdit':
         net = MMDiT(in_channels, out_channels, **sizes, context_dim=context_dim, extra_dim=extra_dim, present=args.p_uncond > 0 and not args.controllable)
     else:
         net = Tokens(in_channels, out_channels, **sizes, mixer='mamba' if args.model == 'mamba' else 'attention', context_dim=context_dim, extra_dim=extra_dim)
     net.checkpointing = args.checkpointing
     return sparsify(net) if args.sparse24 else net
+
+
+def channels_last(net):
+    """net in the memory layout in which its convolutions are faster."""
+    deep = any(isinstance(m, nn.Conv3d) for m in net.modules())
+    return net.to(memory_format=torch.channels_last_3d if deep else torch.channels_last)
 
 
 def cut_block(block, keep):
@@ -1710,21 +1772,23 @@ class Space(nn.Module):
 
     about: none for pixels, where nothing is done. For Haar bands: shift and scale (C,), each band's mean and standard deviation
     over the training slices, so that every band has the same SNR at a time t. For latents (always the posterior's mean) the same of
-    each channel, and args, weights, hash of the autoencoder: a run stores all of it and needs no other file.
+    each channel, and args, weights, hash of the autoencoder: a run stores all of it and needs no other file. depth: slices of a
+    volume (--volume); images and masks are then (B,1,D,S,S), factors (z, y, x).
     """
 
-    def __init__(self, about=None):
+    def __init__(self, about=None, depth=None):
         super().__init__()
-        self.about, self.channels, self.factor, self.autoencoder = about, 1, (1, 1), None
+        self.dims, self.depth = 3 if depth else 2, (depth,) if depth else ()
+        self.about, self.channels, self.factor, self.autoencoder = about, 1, (1,) * self.dims, None
         if about and 'weights' in about:
             self.autoencoder, self.factor = build_autoencoder(argparse.Namespace(**about['args']))
             self.autoencoder.load_state_dict(about['weights'])
         elif about:
-            self.factor = (2, 2)
+            self.factor = (2,) * self.dims
         if about:
             self.channels = len(about['scale'])
-            self.register_buffer('shift', about['shift'].float().view(-1, 1, 1))
-            self.register_buffer('scale', about['scale'].float().view(-1, 1, 1))
+            self.register_buffer('shift', about['shift'].float().view(-1, *(1,) * self.dims))
+            self.register_buffer('scale', about['scale'].float().view(-1, *(1,) * self.dims))
         self.eval().requires_grad_(False)
 
     @property
@@ -1733,7 +1797,7 @@ class Space(nn.Module):
 
     def shape(self, size):
         """Of x_0 for images of size x size."""
-        return self.channels, size // self.factor[0], size // self.factor[1]
+        return self.channels, *(n // f for n, f in zip((*self.depth, size, size), self.factor))
 
     def transform(self, images):
         """x_0 before shift and scale."""
@@ -1754,7 +1818,8 @@ class Space(nn.Module):
         grid's points; mask-present, the same everywhere, stays one channel."""
         if not self.about or mask is None:
             return mask
-        return torch.cat([space_to_depth(mask[:, :1], self.factor), mask[:, 1:, ::self.factor[0], ::self.factor[1]]], 1)
+        coarse = (slice(None), slice(1, None), *(slice(None, None, f) for f in self.factor))
+        return torch.cat([space_to_depth(mask[:, :1], self.factor), mask[coarse]], 1)
 
     def in_channels(self, mask_channels):
         """Of the network: x_0, and `mask_channels` (0, 1 or 2) as condition() lays them out."""
@@ -1961,7 +2026,7 @@ WIDTHS = {'laplace': 0.5, 'cauchy': 1.0}                # densities of log-SNR f
 def build_process(args):
     density = args.schedule in WIDTHS and args.schedule
     process = RFlow(args.steps) if args.rflow else DDPM(args.steps, 'cosine' if density else args.schedule, args.target)
-    process.range = tuple(args.init_range or (-1.0, 1.0))
+    process.range, process.space = tuple(args.init_range or (-1.0, 1.0)), Space(depth=args.volume)
     process.density = 'logit-normal' if args.logit_normal else density or 'uniform'
     if density:
         process.centre, process.width, process.mix = args.schedule_centre, args.schedule_width, args.uniform_mix
@@ -2297,6 +2362,19 @@ def ssim_parts(x, y):
     return (2 * mx * my + c1) / (mx * mx + my * my + c1), (2 * cov + c2) / (vx + vy + c2)
 
 
+def views(volumes, masks=None):
+    """Pictures of volumes (B,D,H,W): the axial slice above the coronal one, top up, each voxel of that repeated to about cubes, at the
+    plane with the most tumour or in the middle. Slices (B,H,W) are pictures already. Returns a list of (H',W)."""
+    if np.ndim(volumes) == 3:
+        return list(volumes)
+    out = []
+    for i, v in enumerate(np.asarray(volumes)):
+        full = lambda axis: np.asarray(masks[i]).sum(tuple({0, 1, 2} - {axis})) if masks is not None else np.zeros(v.shape[axis])
+        z, y = (int(full(axis).argmax()) if full(axis).any() else v.shape[axis] // 2 for axis in (0, 1))
+        out.append(np.concatenate([v[z], v[::-1, y].repeat(max(1, round(v.shape[2] / len(v))), 0)]))
+    return out
+
+
 def outline(image, mask, colour=(255, 80, 60), zoom=1):
     """A slice (H,W) in [-1,1] enlarged, with the border of a mask (H,W) drawn on it: (zoom H, zoom W, 3) uint8."""
     rgb = to_rgb(image).repeat(zoom, 0).repeat(zoom, 1)
@@ -2386,10 +2464,10 @@ PRESETS = {
 MODELS = {'unet': ('channels', 'attention', 'layers', 'head_channels', 'norm_groups'),      # and the flags that shape each
           **dict.fromkeys(('dit', 'mmdit', 'mamba'), ('model_size', 'patch', 'width', 'depth', 'heads'))}
 YOUNGER = dict(model='unet', patch=None, width=None, depth=None, heads=None, p_uncond=0.0, controllable=False, sparse24=False, checkpointing=False,
-               progressive=None, neighbours=0)                                              # flags that older runs do not hold
+               progressive=None, neighbours=0, volume=None, crop=None)                      # flags that older runs do not hold
 # May differ when a run goes on; everything else must be as it was.
 FREE = {'device', 'dtype', 'compile', 'checkpointing', 'dry_run', 'out', 'save_every', 'sample_every', 'keep_every', 'cache', 'data', 'minutes', 'lr_find',
-        'perceptual_weights', 'lpips_weights', 'init', 'split', 'bravo', 'reward'}
+        'perceptual_weights', 'lpips_weights', 'init', 'inflate', 'split', 'bravo', 'reward'}
 
 
 def train_parser(doc, out):
@@ -2399,9 +2477,11 @@ def train_parser(doc, out):
     g.add_argument('--data', nargs='+', metavar='DIR', help='folders with one folder a patient; none: the built-in phantom')
     g.add_argument('--split', metavar='FILE', help='CSV patient,part instead of the split by name')
     g.add_argument('--size', type=number(int, 8, 4096), help='pixels a side; none: the preset\'s')
+    g.add_argument('--volume', type=number(int, 2, 4096), metavar='D', help='train on whole volumes of D slices instead of slices')
+    g.add_argument('--crop', type=numbers(int, 2, 4096), metavar='D,S', help='with --volume: train on crops of D slices of S pixels a side')
     g.add_argument('--labels', type=numbers(int, 1), help='mask labels that count as tumour; none: all above 0')
     g.add_argument('--empty-slices', type=number(float, 0, 1), default=0.2, help='share of slices without tumour')
-    g.add_argument('--speck', type=number(float, 0), default=4.0, help='smaller pieces of a mask are dropped, mm2')
+    g.add_argument('--speck', type=number(float, 0), default=4.0, help='smaller pieces of a mask are dropped, mm2; with --volume that ** 1.5 mm3')
     g.add_argument('--augment', action='store_true', help='left-right flip, small rotation, scale and shift')
     g.add_argument('--cache', default='runs/cache', metavar='DIR', help='where decoded slices are kept')
     g = p.add_argument_group('network')
@@ -2450,6 +2530,7 @@ def train_parser(doc, out):
     g.add_argument('--ema-decay', type=number(float, 0, 1), default=0.9999, help='of the weight average; 0: the raw weights')
     g.add_argument('--min-snr', type=number(float, 0), default=0.0, help='gamma of Min-SNR weighting (5 is usual); 0: off')
     g.add_argument('--init', metavar='FILE', help='start from a run of ours or a MONAI state dict')
+    g.add_argument('--inflate', metavar='RUN', help='with --volume: start from a run on slices, its kernels in the middle of 3D ones')
     g.add_argument('--init-target', choices=('eps', 'v', 'x0', 'x0-eps'), help='what a MONAI network predicts')
     g.add_argument('--init-range', type=numbers(float), help='range of the images that a MONAI network was trained on, as 0,1')
     g = p.add_argument_group('run')
@@ -2483,6 +2564,18 @@ def finish_args(args):
         if given:
             fail(f'--model-size {args.model_size} and {given[0]}: both set the size; give one')
         preset.update(SIZES[args.model_size])
+    if args.volume:                                                          # a step of few volumes, attention only where the grid is smallest
+        preset['batch_size'] = 2
+        preset.update(attention=(0,) * (len(preset['attention']) - 1) + (1,)) if args.model == 'unet' else None
+        for name in ('slice_level', 'controllable', 'progressive', 'perceptual', 'fft', 'fft_log', 'reflow', 'gan', 'neighbours'):
+            if getattr(args, name, None):
+                fail(f'--volume {args.volume} and --{name.replace("_", "-")}: that is for slices; leave one of them away')
+    for name in ('crop', 'inflate'):
+        if getattr(args, name) and (not args.volume or args.model != 'unet'):
+            fail(f'--{name} {getattr(args, name)}: is for a U-Net on volumes; add --volume D, leave --model {args.model} away')
+    if args.inflate and args.init:
+        fail(f'--inflate {args.inflate} and --init {args.init}: both say where to start; give one')
+    args.init = args.inflate or args.init
     if args.iters is not None and args.minutes is not None:
         fail('--iters and --minutes both set the length; give one')
     if args.progressive:
@@ -2547,6 +2640,10 @@ def finish_args(args):
     for size in args.progressive or (args.size,):
         if size % step:
             fail(f'--{"progressive" if args.progressive else "size"} {size}: {why} a multiple of {step}')
+    if args.volume and args.volume % step:
+        fail(f'--volume {args.volume}: {why} a multiple of {step}')
+    if args.crop and (len(args.crop) != 2 or args.crop[0] > args.volume or args.crop[1] > args.size or any(n % step for n in args.crop)):
+        fail(f'--crop {",".join(map(str, args.crop))}: expected D,S of at most {args.volume},{args.size}, multiples of {step}')
     parts = args.accumulate * int(os.environ.get('WORLD_SIZE', 1))
     if args.batch_size % parts:
         fail(f'--batch-size {args.batch_size}: must be a multiple of processes x --accumulate = {parts}')
@@ -2945,6 +3042,18 @@ def plain_names(weights):
     return {plain_name(k): v for k, v in weights.items() if not k.endswith('parametrizations.weight.0.dense')}
 
 
+def inflate(weights):
+    """A 2D network's state dict for the same network in 3D: each kernel in the middle slice of a 3D one, zeros before and behind it.
+
+    A volume that does not change along z becomes the 2D network's slice at every z, borders too: no tap sees another slice, norms see D
+    times the same values, attention D copies of each key, strided convolutions skip slices like those they keep. (Of other volumes it
+    does not hold: norms and attention join the slices, deeper levels see every second one. Kernels repeated along z and divided by 3, as
+    Carreira 2017 inflates, would fail at the borders too.)
+    """
+    deep = lambda w: F.pad(w[:, :, None], (0,) * 4 + (w.shape[-1] // 2,) * 2)
+    return {k: deep(v) if v.ndim == 4 else v for k, v in weights.items()}
+
+
 def load_init(net, args):
     """Starts net from --init FILE: a run of ours (its EMA) or a MONAI state dict. Fails when the shapes do not fit."""
     state = load_checkpoint(args.init)
@@ -2957,6 +3066,8 @@ def load_init(net, args):
         for name in ('model', 'rflow', 'target', 'heads', 'head_channels', 'norm_groups'):
             if theirs[name] != getattr(args, name):
                 fail(f'--init {args.init}: was trained with {name} {theirs[name]}, this run has {getattr(args, name)}; make them agree')
+        if bool(theirs['volume']) == (not args.volume or bool(args.inflate)):
+            fail(f'--init {args.init}: was trained with --volume {theirs["volume"]}, this run has {args.volume}; a run on slices is made 3D by --inflate RUN')
         args.init_range = theirs.get('init_range')
         behind = [['mask-present'] * bool(a['p_uncond']) + ['neighbour'] * a.get('neighbours', 0) for a in (theirs, vars(args))]
         if 'neighbour' in sum(behind, []) and behind[0] != behind[1][:len(behind[0])]:           # channels of another meaning, if as many
@@ -2975,13 +3086,15 @@ def load_init(net, args):
     for k in [k for k in weights if k.endswith('parametrizations.weight.original')] if not args.sparse24 else ():
         if not weights[k.replace('original', '0.dense')]:                                     # the network that was trained, without what its masks hid
             weights[k] = weights[k] * TwoFour().mask(weights[k])
-    weights = plain_names(weights)
+    weights = inflate(plain_names(weights)) if args.inflate else plain_names(weights)
     fit_pruned(net, weights)
-    mine, key, pixels = plain_names(net.state_dict()), *(('conv_in.weight', 1) if args.model == 'unet' else ('embed.weight', args.patch ** 2))
-    first = weights.get(key)
-    more = 0 if first is None or first.ndim != mine[key].ndim else mine[key].shape[1] // pixels - first.shape[1] // pixels
+    mine, key, pixels = plain_names(net.state_dict()), *(('conv_in.weight', 1) if args.model == 'unet' else ('embed.weight', args.patch ** (3 if args.volume else 2)))
+    first, want = weights.get(key), mine[key].shape[1] // pixels - (3 if args.crop else 0)
+    more = 0 if first is None or first.ndim != mine[key].ndim else want - first.shape[1] // pixels
     if 0 < more <= (args.p_uncond > 0) + getattr(args, 'neighbours', 0):                      # mask-present and neighbours start without effect
         weights[key] = F.pad(first.unflatten(1, (pixels, -1)), (0, 0) * (first.ndim - 2) + (0, more)).flatten(1, 2)
+    if args.crop and first is not None and first.ndim == 5 and weights[key].shape[1] == want:
+        weights[key] = F.pad(weights[key], (0,) * 7 + (3,))                                   # so do coordinates
     for k in [k for k in mine if k == 'null' or k.startswith('extra_embed.') and args.slice_level]:
         weights.setdefault(k, mine[k])                                  # MMDiT's, of a run without --p-uncond; the slice level starts without effect
     wrong = [f'{k} is {tuple(weights[k].shape) if k in weights else "missing"}, here {tuple(v.shape)}' for k, v in mine.items()
@@ -2996,8 +3109,8 @@ def load_init(net, args):
 def load_run(path, device='cpu', dtype='fp32', weights='ema'):
     """A trained network for any script: net (eval), process, args, step, box, spacing, hash. path: run folder or checkpoint.
 
-    weights: ema, raw, or a number: that far from raw (0) to ema (1), the LoRA scale of a run of draft.py. spacing: median pixel (y, x)
-    in mm of the training slices. hash: of the weights, for manifests.
+    weights: ema, raw, or a number: that far from raw (0) to ema (1), the LoRA scale of a run of draft.py. spacing: median pixel (y, x),
+    of a volume (z, y, x), in mm of the training slices. hash: of the weights, for manifests.
     """
     state = load_checkpoint(path)
     if not isinstance(state, dict) or not {'args', 'ema', 'box', 'in_channels'} <= state.keys():
@@ -3014,8 +3127,8 @@ def load_run(path, device='cpu', dtype='fp32', weights='ema'):
         tensors = {k: v.lerp(state['ema'][k], weights) if v.is_floating_point() else v for k, v in tensors.items()}
     net.load_state_dict(tensors)
     args.dtype, process = dtype, build_process(args)
-    process.space = Space(state.get('space')).to(device)
-    return argparse.Namespace(net=net.to(device, memory_format=torch.channels_last).eval(), process=process,
+    process.space = Space(state.get('space'), args.volume).to(device)
+    return argparse.Namespace(net=channels_last(net.to(device)).eval(), process=process,
                               args=args, step=state['step'], box=tuple(state['box']), spacing=tuple(state['spacing']),
                               hash=weights_hash(tensors), path=str(path))
 
