@@ -876,7 +876,7 @@ class Attention(nn.Module):
     brought to a root mean square of one in each head, times a learned scale, so that no logit can grow without end (Esser 2024).
     """
 
-    def __init__(self, channels, head_channels, context_dim=None, bias=True, qk_norm=False, fused=False):
+    def __init__(self, channels, head_channels, context_dim=None, bias=True, qk_norm=False, fused=False, project=True):
         super().__init__()
         if channels % head_channels:
             fail(f'--head-channels {head_channels}: does not divide the {channels} channels of an attention level')
@@ -885,7 +885,7 @@ class Attention(nn.Module):
             self.qkv = nn.Linear(channels, 3 * channels, bias)
         else:
             self.q, self.kv = nn.Linear(channels, channels, bias), nn.Linear(context_dim, 2 * channels, bias)
-        self.out = nn.Linear(channels, channels)
+        self.out = nn.Linear(channels, channels) if project else nn.Identity()
         self.norm_q, self.norm_k = (RMSNorm(head_channels, eps=1e-6) if qk_norm else nn.Identity() for _ in range(2))
 
     def project(self, x, context=None):
@@ -905,10 +905,10 @@ class Attention(nn.Module):
 class SpatialAttention(nn.Module):
     """x + attention(norm(x)) over the positions of a feature map (MONAI's SpatialAttentionBlock)."""
 
-    def __init__(self, channels, head_channels, groups, conv):
+    def __init__(self, channels, head_channels, groups, conv, project=True):
         super().__init__()
         self.norm = GroupNorm(groups, channels, eps=1e-6)
-        self.attn = Attention(channels, head_channels)
+        self.attn = Attention(channels, head_channels, project=project)
 
     def forward(self, x, context=None):
         tokens = self.norm(x).flatten(2).transpose(1, 2)                                       # (B, N, C)
@@ -949,17 +949,25 @@ def zero_(layer):
 
 
 class ResBlock(nn.Module):
-    """GroupNorm, SiLU, conv, + time embedding (embed > 0), GroupNorm, SiLU, conv (zero at the start), + shortcut."""
+    """GroupNorm, SiLU, conv, + time embedding (embed > 0), GroupNorm, SiLU, conv (zero at the start), + shortcut.
 
-    def __init__(self, in_channels, out_channels, embed, groups, conv):
+    resample: 'down' (means of 2 an axis) or 'up' (nearest), of what the first convolution and the shortcut see (MAISI).
+    """
+
+    def __init__(self, in_channels, out_channels, embed, groups, conv, resample=None):
         super().__init__()
+        self.resample = resample
         self.norm1, self.conv1 = GroupNorm(groups(in_channels), in_channels, eps=1e-6), conv(in_channels, out_channels)
         self.time = nn.Linear(embed, out_channels) if embed else None
         self.norm2, self.conv2 = GroupNorm(groups(out_channels), out_channels, eps=1e-6), zero_(conv(out_channels, out_channels))
         self.skip = nn.Identity() if in_channels == out_channels else conv(in_channels, out_channels, 1)
 
     def forward(self, x, emb=None):
-        h = self.conv1(F.silu(self.norm1(x)))
+        h = F.silu(self.norm1(x))
+        if self.resample:
+            half = lambda v: (F.avg_pool2d, F.avg_pool3d)[v.ndim - 4](v, 2)
+            x, h = (half(v) if self.resample == 'down' else F.interpolate(v, scale_factor=2.0) for v in (x, h))
+        h = self.conv1(h)
         if self.time:
             h += self.time(emb)[(...,) + (None,) * (x.ndim - 2)]             # in place: no gradient needs a convolution's result
         h = self.conv2(F.silu(self.norm2(h)))
@@ -1183,10 +1191,13 @@ class UNet(nn.Module):
     extra_dim: length of the vector `extra`, joined to the time embedding through a layer that starts at zero.
     norm_groups: of every GroupNorm. A width of 32 with MONAI's 32 groups leaves one channel a group: the norm then takes
     away the time embedding, a constant of each channel, and the level is blind to t. Narrow networks need fewer groups.
+    classes, joined, updown, project: MAISI's (see there). `extra` is then the class (if there are classes), whose embedding is added to
+    that of time, and vectors of the lengths `joined`, whose embeddings are set beside it; updown: residual blocks that resample
+    instead of convolutions; project: attention ends with a linear layer.
     """
 
     def __init__(self, in_channels, out_channels, channels=(128, 256, 256), attention=(0, 1, 1), layers=1,
-                 head_channels=256, context_dim=None, dims=2, extra_dim=0, norm_groups=32):
+                 head_channels=256, context_dim=None, dims=2, extra_dim=0, norm_groups=32, classes=0, joined=(), updown=False, project=True):
         super().__init__()
         if len(attention) != len(channels):
             fail(f'--attention has {len(attention)} levels, --channels {len(channels)}; give one 0 or 1 for each level')
@@ -1196,17 +1207,19 @@ class UNet(nn.Module):
         conv = lambda i, o, k=3, stride=1: Conv(i, o, k, stride, k // 2)
         groups = lambda c: math.gcd(c, norm_groups)
         embed = 4 * channels[0]
-        res = lambda i, o: ResBlock(i, o, embed, groups, conv)
+        mlp = lambda n: nn.Sequential(nn.Linear(n, embed), nn.SiLU(), nn.Linear(embed, embed))
+        res = lambda i, o, resample=None: ResBlock(i, o, (1 + len(joined)) * embed, groups, conv, resample)
 
         def attend(level):
             c = channels[level]
             if context_dim:
                 return SpatialTransformer(c, min(head_channels, c), groups(c), conv, context_dim)
-            return SpatialAttention(c, min(head_channels, c), groups(c), conv)
+            return SpatialAttention(c, min(head_channels, c), groups(c), conv, project)
 
         self.conv_in = conv(in_channels, channels[0])
-        self.time_embed = nn.Sequential(nn.Linear(channels[0], embed), nn.SiLU(), nn.Linear(embed, embed))
+        self.time_embed = mlp(channels[0])
         self.extra_embed = nn.Sequential(nn.Linear(extra_dim, embed), nn.SiLU(), zero_(nn.Linear(embed, embed))) if extra_dim else None
+        self.class_embed, self.joined = nn.Embedding(classes, embed) if classes else None, nn.ModuleList(mlp(n) for n in joined)
         self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
         c, skips, last = channels[0], [channels[0]], len(channels) - 1
         for level, o in enumerate(channels):
@@ -1218,7 +1231,7 @@ class UNet(nn.Module):
                 c = o
                 skips.append(c)
             if level < last:
-                block['resample'] = conv(c, c, 3, 2)
+                block['resample'] = res(c, c, 'down') if updown else conv(c, c, 3, 2)
                 skips.append(c)
             self.down_blocks.append(block)
         self.middle_block = nn.ModuleDict(dict(resnet_1=res(c, c), attention=attend(last), resnet_2=res(c, c)))
@@ -1230,7 +1243,7 @@ class UNet(nn.Module):
                     block.attentions.append(attend(level))
                 c = o
             if level > 0:
-                block['resample'] = Upsample(c, conv)
+                block['resample'] = res(c, c, 'up') if updown else Upsample(c, conv)
             self.up_blocks.append(block)
         self.out = nn.Sequential(GroupNorm(groups(c), c, eps=1e-6), nn.SiLU(), zero_(conv(c, out_channels)))
 
@@ -1241,6 +1254,10 @@ class UNet(nn.Module):
         emb = self.time_embed(time_embedding(1000 * t.float(), self.width).to(self.conv_in.weight.dtype))
         if self.extra_embed is not None:
             emb = emb + self.extra_embed(extra)
+        if self.class_embed is not None:
+            emb, extra = emb + self.class_embed(extra[:, 0].long()), extra[:, 1:]
+        if len(self.joined):
+            emb = torch.cat([emb, *(layer(v) for layer, v in zip(self.joined, extra.split([m[0].in_features for m in self.joined], 1)))], 1)
         emb = F.silu(emb)
         run = lambda layer, *inputs: run_block(self, layer, *inputs)
 
@@ -1252,7 +1269,7 @@ class UNet(nn.Module):
                 if keep is not None:
                     keep.append(h)
             if 'resample' in block:
-                h = block['resample'](h)
+                h = run(block['resample'], h, emb) if isinstance(block['resample'], ResBlock) else block['resample'](h)
                 if keep is not None:
                     keep.append(h)
             return h
@@ -1307,6 +1324,30 @@ def load_maisi_vae(state_dict):
             key = key.replace(old, new)
         out[key] = value
     return out
+
+
+# The two published kinds of MAISI's diffusion U-Net (Guo 2024, arXiv 2409.11169; Zhao 2025, arXiv 2508.05772), as options of UNet. joined: ddpm
+# top and bottom region (one-hot of 4 each) and spacing; rflow spacing alone. Spacing is in units of 0.01 mm.
+MAISI = dict(ddpm=dict(classes=0, joined=(4, 4, 3), updown=False, project=False), rflow=dict(classes=128, joined=(3,), updown=True, project=True))
+
+
+def load_maisi_unet(state_dict):
+    """A state dict of MAISI's DiffusionModelUNetMaisi under UNet's names, the kind ('ddpm' or 'rflow') and the shape that it has, as UNet's
+    arguments. Groups of 32 and heads of 32 channels are as published: a file does not say. Raises KeyError where it is none."""
+    kind = 'rflow' if 'class_embedding.weight' in state_dict else 'ddpm'
+    layers = [n for n in ('top_region_index', 'bottom_region_index', 'spacing') if kind == 'ddpm' or n == 'spacing']
+    flat = {}
+    for key, value in state_dict.items():
+        if kind == 'ddpm' and '.out_proj.' in key:                              # published with the weights, used by no layer
+            continue
+        for i, name in enumerate(layers):
+            key = key.replace(f'{name}_layer.', f'joined.{i}.')
+        flat[re.sub(r'(up|down)sampler\.(?=norm|conv\d|time)', 'resample.', key).replace('class_embedding', 'class_embed')] = value
+    weights, levels = load_monai(flat), range(len({k.split('.')[1] for k in flat if k.startswith('down_blocks.')}))
+    return weights, kind, dict(
+        in_channels=weights['conv_in.weight'].shape[1], out_channels=len(weights['out.2.weight']), layers=sum(k.startswith('down_blocks.0.resnets.') and
+        k.endswith('norm1.weight') for k in weights), channels=tuple(len(weights[f'down_blocks.{i}.resnets.0.norm2.weight']) for i in levels),
+        attention=tuple(int(f'down_blocks.{i}.attentions.0.norm.weight' in weights) for i in levels), head_channels=32, norm_groups=32)
 
 
 # -- networks of tokens: a patch is a token. DiT, Mamba in its place, MMDiT ---------------------------------------------
