@@ -457,7 +457,9 @@ def components(mask):
     m = torch.from_numpy(np.array(mask)) > 0
     if not m.any():
         return np.zeros(mask.shape, np.int64), 0
-    pool = F.max_pool2d if m.ndim == 2 else F.max_pool3d
+    pool, whole = F.max_pool2d if m.ndim == 2 else F.max_pool3d, torch.zeros(m.shape, dtype=torch.int64)
+    box = tuple(slice(int(i.min()), int(i.max()) + 1) for i in m.nonzero(as_tuple=True))
+    m = m[box]                                              # the rest of a volume would only take time
     seed = torch.arange(m.numel(), 0, -1, dtype=torch.float64).view(m.shape)
     label = seed * m
     while True:                                             # the largest seed of a piece floods it
@@ -467,7 +469,8 @@ def components(mask):
             break
         label = new
     values, index = torch.unique(-label, return_inverse=True)                 # sorted: first voxel first, background last
-    return ((index + 1) * m).numpy(), len(values) - (1 if not m.all() else 0)
+    whole[box] = (index + 1) * m
+    return whole.numpy(), len(values) - (1 if not m.all() else 0)
 
 
 def lesion_records(mask):
@@ -512,12 +515,14 @@ def shrink_mask(mask, size, pixel_area, speck):
     """A slice's mask (H,W) on a size x size grid, and counts of lesions kept, rescued and dropped.
 
     A piece below `speck` mm^2 is dropped. A grid pixel is tumour when at least half of it is. A piece that would vanish
-    by that rule keeps the one pixel that holds most of it, so that no real lesion is lost.
+    by that rule keeps the one pixel that holds most of it, so that no real lesion is lost. The same of a volume (Z,H,W) on the
+    grid size (D,S,S), its pieces and their limit in mm^3.
     """
     labels, n = components(mask)
-    area = lambda m: F.adaptive_avg_pool2d(torch.from_numpy(m.astype(np.float32))[None], size)[0].numpy()
+    pool, size = (F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)[mask.ndim - 2], (size, size) if mask.ndim == 2 else size
+    area = lambda m: pool(torch.from_numpy(m.astype(np.float32))[None], size)[0].numpy()
     pieces = [m for m in (labels == i for i in range(1, n + 1)) if m.sum() * pixel_area >= speck]
-    out = area(np.any(pieces, axis=0)) >= 0.5 if pieces else np.zeros((size, size), bool)
+    out = area(np.any(pieces, axis=0)) >= 0.5 if pieces else np.zeros(size, bool)
     rescued = 0
     for m in pieces:
         share = area(m)
@@ -527,9 +532,22 @@ def shrink_mask(mask, size, pixel_area, speck):
     return out.astype(np.uint8), np.array([len(pieces), rescued, n - len(pieces)])
 
 
-def decode_patient(patient, size, box, speck, labels=None):
+def resample(images, size, depth=None):
+    """images (C,Z,H,W) in [-1,1] -> (C,Z,size,size), linear after a filter where it shrinks; the same along z with depth."""
+    linear = lambda v, shape: F.interpolate(v, shape, mode='bilinear', antialias=True).clamp(-1, 1)
+    C, Z, H, W = images.shape
+    if (H, W) != (size, size):
+        images = linear(torch.from_numpy(images.reshape(-1, 1, H, W)), (size, size)).view(C, Z, size, size).numpy()
+    if depth not in (None, Z):
+        images = linear(torch.from_numpy(images.reshape(C, 1, Z, -1)), (depth, size * size)).view(C, depth, size, size).numpy()
+    return images
+
+
+def decode_patient(patient, size, box, speck, labels=None, depth=None):
     """Slices of one patient on the size x size grid: images (N,C,S,S) in [-1,1], masks (N,1,S,S), rows for the table.
 
+    depth: instead one volume of so many slices, from the first to the last that would be used: (1,C,D,S,S), (1,1,D,S,S), one row,
+    its spacing (z, y, x); pieces of its mask below speck^1.5 mm^3 are dropped (a cube on a square of speck mm^2).
     A synthetic patient is taken as it is: its files are already in [-1, 1] and cut to the box.
     """
     images, mask, spacing, notes = read_patient(patient, labels)
@@ -542,17 +560,22 @@ def decode_patient(patient, size, box, speck, labels=None):
     images, mask, head = crop(images, bounds, -1), crop(mask, bounds, 0), crop(head, bounds, False)
     covered = head.mean(axis=(1, 2))
     use = np.flatnonzero(covered >= MIN_HEAD) if not patient['synthetic'] else np.arange(len(mask))
+    pixel = [mask.shape[1 + i] * spacing[1 + i] / size for i in (0, 1)]
+    if depth and len(use):
+        images, mask = (v[..., use[0]:use[-1] + 1, :, :] for v in (images, mask))
+        masks, counts = shrink_mask(mask, (depth, size, size), math.prod(spacing), speck ** 1.5)
+        notes.update(zip(('lesions kept', 'kept as one voxel', f'specks below {speck ** 1.5:g} mm3 dropped'), counts.tolist()))
+        table = [dict(folder=patient['folder'].name, patient=patient['name'], source=patient['source'], z=int(use[0]), level=0.5, level_known=False,
+                      tumour=int(masks.sum()), spacing=[len(mask) * spacing[0] / depth, *pixel], root=str(patient['root']))]
+        return np.ascontiguousarray(resample(images, size, depth)[None], np.float32), masks[None, None], table, notes
     notes['slices with too little head left out'] = len(mask) - len(use)
-    if images.shape[2:] != (size, size):
-        images = F.interpolate(torch.from_numpy(images.reshape(-1, 1, *images.shape[2:])), (size, size), mode='bilinear',
-                               antialias=True).clamp(-1, 1).view(*images.shape[:2], size, size).numpy()
+    images = resample(images, size)
     masks, counts = np.zeros((len(use), 1, size, size), np.uint8), np.zeros(3, int)
     for i, z in enumerate(use):
         masks[i, 0], c = shrink_mask(mask[z], size, spacing[1] * spacing[2], speck)
         counts += c
     notes.update(zip(('lesions kept', 'kept as one pixel', f'specks below {speck:g} mm2 dropped'), counts.tolist()))
     span = max(use[-1] - use[0], 1) if len(use) else 1
-    pixel = [mask.shape[1 + i] * spacing[1 + i] / size for i in (0, 1)]
     table = [dict(folder=patient['folder'].name, patient=patient['name'], source=patient['source'], z=int(z),
                   level=(float(z - use[0]) / span if len(use) > 1 else 0.5), level_known=len(use) > 1,
                   tumour=int(masks[i].sum()), spacing=pixel, root=str(patient['root'])) for i, z in enumerate(use)]
@@ -560,7 +583,8 @@ def decode_patient(patient, size, box, speck, labels=None):
 
 
 class Slices:
-    """Decoded slices, memory-mapped: images (N,C,S,S) float32 in [-1,1], masks (N,1,S,S) uint8, table of N dicts, box."""
+    """Decoded slices, memory-mapped: images (N,C,S,S) float32 in [-1,1], masks (N,1,S,S) uint8, table of N dicts, box.
+    Of load_slices with depth: volumes (N,C,D,S,S), (N,1,D,S,S)."""
 
     def __init__(self, directory, box):
         info = json.loads((directory / 'index.json').read_text())
@@ -582,9 +606,9 @@ class Slices:
 
 
 def load_slices(roots, size, modalities=('bravo',), box=None, split=None, cache='runs/cache', labels=None, speck=4.0,
-                training=True):
+                training=True, depth=None):
     """Decodes all patients of the roots once, then memory-maps what is on disk. Returns Slices with part set per row.
-    training=False: to look at synthetic patients of any source.
+    training=False: to look at synthetic patients of any source. depth: a row is a volume of so many slices instead of a slice.
 
     The cache's key holds all that changes a decoded slice. It is written aside and renamed, so that several processes
     may start at once: the first to finish wins, the others throw theirs away.
@@ -605,7 +629,7 @@ def load_slices(roots, size, modalities=('bravo',), box=None, split=None, cache=
             atomic_write(note, json.dumps(measure_box(train or real, labels)).encode())
         box = json.loads(note.read_text())
     box = tuple(box)
-    directory = cache / key(size, box, speck)
+    directory = cache / key(size, box, speck, *([depth] if depth else []))
     if not directory.exists():
         tmp = cache / f'.{directory.name}.{uuid.uuid4().hex[:8]}.tmp'
         tmp.mkdir()
@@ -613,14 +637,14 @@ def load_slices(roots, size, modalities=('bravo',), box=None, split=None, cache=
             table, totals = [], {}
             with open(tmp / 'images.f32', 'wb') as f, open(tmp / 'masks.u8', 'wb') as g:
                 for p in progress(patients, 'decoding', leave=False):
-                    images, masks, rows, notes = decode_patient(p, size, box, speck, labels)
+                    images, masks, rows, notes = decode_patient(p, size, box, speck, labels, depth)
                     images.tofile(f)
                     masks.tofile(g)
                     table += rows
                     totals = {k: totals.get(k, 0) + notes.get(k, 0) for k in {**totals, **notes}}
             if not table:
                 fail(f'--data {" ".join(map(str, roots))}: no slice has a head that covers {MIN_HEAD:.0%} of the brain box')
-            shape = [len(table), len(modalities), size, size]
+            shape = [len(table), len(modalities), *([depth] if depth else []), size, size]
             (tmp / 'index.json').write_text(json.dumps(dict(shape=shape, table=table, notes=totals)))
             os.rename(tmp, directory)
         except OSError:
@@ -632,7 +656,7 @@ def load_slices(roots, size, modalities=('bravo',), box=None, split=None, cache=
     part = {(str(p['root']), p['folder'].name): p['part'] for p in patients}
     data.part = [part[r['root'], r['folder']] for r in data.table]
     names = {part: len({p['name'] for p in real if p['part'] == part}) for part in PARTS}
-    print0(f'data: {len(real)} real and {len(patients) - len(real)} synthetic folders, {len(data.table)} slices of {size}x{size}; '
+    print0(f'data: {len(real)} real and {len(patients) - len(real)} synthetic folders, {len(data.table)} {f"volumes of {depth}x" if depth else "slices of "}{size}x{size}; '
            f'patients ' + ', '.join(f'{k} {v}' for k, v in names.items()) + f'; brain box {box}')
     told = '; '.join(f'{v} {k}' for k, v in data.notes.items() if v)
     print0(f'data: {told}' if told else 'data: nothing left out')
@@ -642,8 +666,10 @@ def load_slices(roots, size, modalities=('bravo',), box=None, split=None, cache=
 def augment(images, masks, u):
     """Left-right flip (p=1/2), rotation +-10 degrees, scale +-10 %, shift +-5 %: the same for an image and its mask.
 
-    images (B,C,H,W) in [-1,1], bilinear, background outside; masks (B,1,H,W), nearest. u (B,5): uniform draws in [0,1).
+    images (B,C,H,W) in [-1,1], bilinear, background outside; masks (B,1,H,W), nearest. u (B,5): uniform draws in [0,1). All slices
+    of a volume (B,C,D,H,W) move alike, none along z.
     """
+    shapes, images, masks = (images.shape, masks.shape), images.flatten(1, -3), masks.flatten(1, -3)
     n, u = len(images), 2 * u - 1
     angle, scale, flip = u[:, 0] * math.pi / 18, 1 + 0.1 * u[:, 1], torch.where(u[:, 2] < 0, -1.0, 1.0)
     theta = torch.zeros(n, 2, 3)
@@ -652,7 +678,7 @@ def augment(images, masks, u):
     theta[:, :, 2] = 0.1 * u[:, 3:]                          # in half-widths, so 5 % of the width
     grid = F.affine_grid(theta, list(images[:, :1].shape), align_corners=False).to(images.device)
     moved = F.grid_sample(images + 1, grid, mode='bilinear', align_corners=False) - 1
-    return moved, F.grid_sample(masks, grid, mode='nearest', align_corners=False)
+    return moved.view(shapes[0]), F.grid_sample(masks, grid, mode='nearest', align_corners=False).view(shapes[1])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1168,11 +1194,13 @@ VAES = {'2': [(2, 2)], '2x4': [(2, 2), (1, 2)], '4': [(2, 2)] * 2, '8': [(2, 2)]
 
 
 def build_autoencoder(args):
-    """The autoencoder that --vae, --channels, --layers, --latent-channels describe, and its factor (y, x)."""
-    strides, channels, factor = VAES[args.vae], tuple(args.channels), tuple(math.prod(s) for s in zip(*VAES[args.vae]))
+    """The autoencoder that --vae, --channels, --layers, --latent-channels describe, and its factor (y, x), with --volume (z, y, x)."""
+    dims, channels = 3 if getattr(args, 'volume', None) else 2, tuple(args.channels)
+    strides = [s[:1] * (dims - 2) + s for s in VAES[args.vae]]
+    factor = tuple(math.prod(s) for s in zip(*strides))
     if args.vae == 'multiscale':
-        return MultiScale(1, args.latent_channels, channels, args.layers, norm_groups=args.norm_groups), factor
-    return Autoencoder(1, args.latent_channels, channels, args.layers, strides, norm_groups=args.norm_groups), factor
+        return MultiScale(1, args.latent_channels, channels, args.layers, dims, args.norm_groups), factor
+    return Autoencoder(1, args.latent_channels, channels, args.layers, strides, dims, args.norm_groups), factor
 
 
 def time_embedding(t, channels, max_period=10000):
@@ -1647,17 +1675,23 @@ def sparse_layers(net):
 
 def build_net(args, in_channels, out_channels, extra_dim=0):
     """The network that the flags (or a stored run's) describe."""
-    context_dim = TOKEN if args.controllable else None
-    sizes = dict(patch=args.patch, width=args.width, depth=args.depth, heads=args.heads)
+    context_dim, dims = TOKEN if args.controllable else None, 3 if args.volume else 2
+    sizes = dict(patch=args.patch, width=args.width, depth=args.depth, heads=args.heads, dims=dims)
     if args.model == 'unet':
         net = UNet(in_channels, out_channels, tuple(args.channels), tuple(args.attention), args.layers, args.head_channels, context_dim,
-                   extra_dim=extra_dim, norm_groups=args.norm_groups)
+                   dims, extra_dim, args.norm_groups)
     elif args.model == 'mmdit':
         net = MMDiT(in_channels, out_channels, **sizes, context_dim=context_dim, extra_dim=extra_dim, present=args.p_uncond > 0 and not args.controllable)
     else:
         net = Tokens(in_channels, out_channels, **sizes, mixer='mamba' if args.model == 'mamba' else 'attention', context_dim=context_dim, extra_dim=extra_dim)
     net.checkpointing = args.checkpointing
     return sparsify(net) if args.sparse24 else net
+
+
+def channels_last(net):
+    """net in the memory layout in which its convolutions are faster: 2D ones, 3D ones only on a GPU."""
+    flat = not any(isinstance(m, nn.Conv3d) for m in net.modules())
+    return net.to(memory_format=torch.channels_last) if flat else net
 
 
 def cut_block(block, keep):
@@ -1738,21 +1772,23 @@ class Space(nn.Module):
 
     about: none for pixels, where nothing is done. For Haar bands: shift and scale (C,), each band's mean and standard deviation
     over the training slices, so that every band has the same SNR at a time t. For latents (always the posterior's mean) the same of
-    each channel, and args, weights, hash of the autoencoder: a run stores all of it and needs no other file.
+    each channel, and args, weights, hash of the autoencoder: a run stores all of it and needs no other file. depth: slices of a
+    volume (--volume); images and masks are then (B,1,D,S,S), factors (z, y, x).
     """
 
-    def __init__(self, about=None):
+    def __init__(self, about=None, depth=None):
         super().__init__()
-        self.about, self.channels, self.factor, self.autoencoder = about, 1, (1, 1), None
+        self.dims, self.depth = 3 if depth else 2, (depth,) if depth else ()
+        self.about, self.channels, self.factor, self.autoencoder = about, 1, (1,) * self.dims, None
         if about and 'weights' in about:
             self.autoencoder, self.factor = build_autoencoder(argparse.Namespace(**about['args']))
             self.autoencoder.load_state_dict(about['weights'])
         elif about:
-            self.factor = (2, 2)
+            self.factor = (2,) * self.dims
         if about:
             self.channels = len(about['scale'])
-            self.register_buffer('shift', about['shift'].float().view(-1, 1, 1))
-            self.register_buffer('scale', about['scale'].float().view(-1, 1, 1))
+            self.register_buffer('shift', about['shift'].float().view(-1, *(1,) * self.dims))
+            self.register_buffer('scale', about['scale'].float().view(-1, *(1,) * self.dims))
         self.eval().requires_grad_(False)
 
     @property
@@ -1761,7 +1797,7 @@ class Space(nn.Module):
 
     def shape(self, size):
         """Of x_0 for images of size x size."""
-        return self.channels, size // self.factor[0], size // self.factor[1]
+        return self.channels, *(n // f for n, f in zip((*self.depth, size, size), self.factor))
 
     def transform(self, images):
         """x_0 before shift and scale."""
@@ -1782,7 +1818,7 @@ class Space(nn.Module):
         grid's points; mask-present, the same everywhere, stays one channel."""
         if not self.about or mask is None:
             return mask
-        return torch.cat([space_to_depth(mask[:, :1], self.factor), mask[:, 1:, ::self.factor[0], ::self.factor[1]]], 1)
+        return torch.cat([space_to_depth(mask[:, :1], self.factor), mask[(slice(None), slice(1, None), *(slice(None, None, f) for f in self.factor))]], 1)
 
     def in_channels(self, mask_channels):
         """Of the network: x_0, and `mask_channels` (0, 1 or 2) as condition() lays them out."""
@@ -1989,7 +2025,7 @@ WIDTHS = {'laplace': 0.5, 'cauchy': 1.0}                # densities of log-SNR f
 def build_process(args):
     density = args.schedule in WIDTHS and args.schedule
     process = RFlow(args.steps) if args.rflow else DDPM(args.steps, 'cosine' if density else args.schedule, args.target)
-    process.range = tuple(args.init_range or (-1.0, 1.0))
+    process.range, process.space = tuple(args.init_range or (-1.0, 1.0)), Space(depth=args.volume)
     process.density = 'logit-normal' if args.logit_normal else density or 'uniform'
     if density:
         process.centre, process.width, process.mix = args.schedule_centre, args.schedule_width, args.uniform_mix
@@ -2310,6 +2346,19 @@ def ssim_parts(x, y):
     return (2 * mx * my + c1) / (mx * mx + my * my + c1), (2 * cov + c2) / (vx + vy + c2)
 
 
+def views(volumes, masks=None):
+    """Pictures of volumes (B,D,H,W): the axial slice above the coronal one, top up, each voxel of that repeated to about cubes, at the
+    plane with the most tumour or in the middle. Slices (B,H,W) are pictures already. Returns a list of (H',W)."""
+    if np.ndim(volumes) == 3:
+        return list(volumes)
+    out = []
+    for i, v in enumerate(np.asarray(volumes)):
+        full = lambda axis: np.asarray(masks[i]).sum(tuple({0, 1, 2} - {axis})) if masks is not None else np.zeros(v.shape[axis])
+        z, y = (int(full(axis).argmax()) if full(axis).any() else v.shape[axis] // 2 for axis in (0, 1))
+        out.append(np.concatenate([v[z], v[::-1, y].repeat(max(1, round(v.shape[2] / len(v))), 0)]))
+    return out
+
+
 def outline(image, mask, colour=(255, 80, 60), zoom=1):
     """A slice (H,W) in [-1,1] enlarged, with the border of a mask (H,W) drawn on it: (zoom H, zoom W, 3) uint8."""
     rgb = to_rgb(image).repeat(zoom, 0).repeat(zoom, 1)
@@ -2399,7 +2448,7 @@ PRESETS = {
 MODELS = {'unet': ('channels', 'attention', 'layers', 'head_channels', 'norm_groups'),      # and the flags that shape each
           **dict.fromkeys(('dit', 'mmdit', 'mamba'), ('model_size', 'patch', 'width', 'depth', 'heads'))}
 YOUNGER = dict(model='unet', patch=None, width=None, depth=None, heads=None, p_uncond=0.0, controllable=False, sparse24=False, checkpointing=False,
-               progressive=None)                                                            # flags that older runs do not hold
+               progressive=None, volume=None)                                                      # flags that older runs do not hold
 # May differ when a run goes on; everything else must be as it was.
 FREE = {'device', 'dtype', 'compile', 'checkpointing', 'dry_run', 'out', 'save_every', 'sample_every', 'keep_every', 'cache', 'data', 'minutes', 'lr_find',
         'perceptual_weights', 'lpips_weights', 'init', 'split', 'bravo', 'reward'}
@@ -2412,9 +2461,10 @@ def train_parser(doc, out):
     g.add_argument('--data', nargs='+', metavar='DIR', help='folders with one folder a patient; none: the built-in phantom')
     g.add_argument('--split', metavar='FILE', help='CSV patient,part instead of the split by name')
     g.add_argument('--size', type=number(int, 8, 4096), help='pixels a side; none: the preset\'s')
+    g.add_argument('--volume', type=number(int, 2, 4096), metavar='D', help='train on whole volumes of D slices instead of slices')
     g.add_argument('--labels', type=numbers(int, 1), help='mask labels that count as tumour; none: all above 0')
     g.add_argument('--empty-slices', type=number(float, 0, 1), default=0.2, help='share of slices without tumour')
-    g.add_argument('--speck', type=number(float, 0), default=4.0, help='smaller pieces of a mask are dropped, mm2')
+    g.add_argument('--speck', type=number(float, 0), default=4.0, help='smaller pieces of a mask are dropped, mm2; with --volume that ** 1.5 mm3')
     g.add_argument('--augment', action='store_true', help='left-right flip, small rotation, scale and shift')
     g.add_argument('--cache', default='runs/cache', metavar='DIR', help='where decoded slices are kept')
     g = p.add_argument_group('network')
@@ -2496,6 +2546,12 @@ def finish_args(args):
         if given:
             fail(f'--model-size {args.model_size} and {given[0]}: both set the size; give one')
         preset.update(SIZES[args.model_size])
+    if args.volume:                                                          # a step of few volumes, attention only where the grid is smallest
+        preset['batch_size'] = 2
+        preset.update(attention=(0,) * (len(preset['attention']) - 1) + (1,)) if args.model == 'unet' else None
+        for name in ('slice_level', 'controllable', 'progressive', 'perceptual', 'fft', 'fft_log', 'reflow', 'gan'):
+            if getattr(args, name, None):
+                fail(f'--volume {args.volume} and --{name.replace("_", "-")}: that is for slices; leave one of them away')
     if args.iters is not None and args.minutes is not None:
         fail('--iters and --minutes both set the length; give one')
     if args.progressive:
@@ -2560,6 +2616,8 @@ def finish_args(args):
     for size in args.progressive or (args.size,):
         if size % step:
             fail(f'--{"progressive" if args.progressive else "size"} {size}: {why} a multiple of {step}')
+    if args.volume and args.volume % step:
+        fail(f'--volume {args.volume}: {why} a multiple of {step}')
     parts = args.accumulate * int(os.environ.get('WORLD_SIZE', 1))
     if args.batch_size % parts:
         fail(f'--batch-size {args.batch_size}: must be a multiple of processes x --accumulate = {parts}')
@@ -2987,7 +3045,7 @@ def load_init(net, args):
             weights[k] = weights[k] * TwoFour().mask(weights[k])
     weights = plain_names(weights)
     fit_pruned(net, weights)
-    mine, key, pixels = plain_names(net.state_dict()), *(('conv_in.weight', 1) if args.model == 'unet' else ('embed.weight', args.patch ** 2))
+    mine, key, pixels = plain_names(net.state_dict()), *(('conv_in.weight', 1) if args.model == 'unet' else ('embed.weight', args.patch ** (3 if args.volume else 2)))
     first = weights.get(key)
     if args.p_uncond and first is not None and first.ndim == mine[key].ndim and first.shape[1] == mine[key].shape[1] - pixels:
         weights[key] = F.pad(first.unflatten(1, (pixels, -1)), (0, 0) * (first.ndim - 2) + (0, 1)).flatten(1, 2)   # mask-present starts without effect
@@ -3005,8 +3063,8 @@ def load_init(net, args):
 def load_run(path, device='cpu', dtype='fp32', weights='ema'):
     """A trained network for any script: net (eval), process, args, step, box, spacing, hash. path: run folder or checkpoint.
 
-    weights: ema, raw, or a number: that far from raw (0) to ema (1), the LoRA scale of a run of draft.py. spacing: median pixel (y, x)
-    in mm of the training slices. hash: of the weights, for manifests.
+    weights: ema, raw, or a number: that far from raw (0) to ema (1), the LoRA scale of a run of draft.py. spacing: median pixel (y, x),
+    of a volume (z, y, x), in mm of the training slices. hash: of the weights, for manifests.
     """
     state = load_checkpoint(path)
     if not isinstance(state, dict) or not {'args', 'ema', 'box', 'in_channels'} <= state.keys():
@@ -3023,8 +3081,8 @@ def load_run(path, device='cpu', dtype='fp32', weights='ema'):
         tensors = {k: v.lerp(state['ema'][k], weights) if v.is_floating_point() else v for k, v in tensors.items()}
     net.load_state_dict(tensors)
     args.dtype, process = dtype, build_process(args)
-    process.space = Space(state.get('space')).to(device)
-    return argparse.Namespace(net=net.to(device, memory_format=torch.channels_last).eval(), process=process,
+    process.space = Space(state.get('space'), args.volume).to(device)
+    return argparse.Namespace(net=channels_last(net.to(device)).eval(), process=process,
                               args=args, step=state['step'], box=tuple(state['box']), spacing=tuple(state['spacing']),
                               hash=weights_hash(tensors), path=str(path))
 

@@ -2,6 +2,7 @@
 
   python train_bravo.py --rflow --steps 100                         the built-in phantom, minutes on two cores
   python train_bravo.py --rflow --data DIR --out runs/mine          your patients (one folder each: bravo.nii.gz, seg.nii.gz)
+  python train_bravo.py --rflow --data DIR --volume 32 --size 64    volumes of 32 slices (train_seg.py: their masks)
   python train_bravo.py --rflow --data DIR --perceptual 0.01 --perceptual-weights vgg16.pth
   python train_bravo.py --vae 4 --data DIR --out runs/vae           an autoencoder; then the image model on its latents:
   python train_bravo.py --rflow --latent runs/vae --data DIR
@@ -64,7 +65,7 @@ def get_args(argv=None):
 # ---------------------------------------------------------------------------------------------------------------------
 ONLY_VAE = {'vae', 'latent_channels', 'kl', 'gan', 'gan_from'}
 WITH_VAE = ONLY_VAE | {
-    'data', 'split', 'size', 'labels', 'empty_slices', 'speck', 'augment', 'cache', 'preset', 'channels', 'layers', 'norm_groups', 'iters', 'minutes',
+    'data', 'split', 'size', 'volume', 'labels', 'empty_slices', 'speck', 'augment', 'cache', 'preset', 'channels', 'layers', 'norm_groups', 'iters', 'minutes',
     'batch_size', 'lr', 'warmup', 'lr_find', 'weight_decay', 'clip', 'ema_decay', 'out', 'seed', 'device', 'dtype', 'compile', 'save_every',
     'keep_every', 'sample_every', 'perceptual', 'perceptual_weights', 'lpips_weights'}
 
@@ -96,13 +97,14 @@ def finish_spaces(args, given):
         if 'channels' not in given:
             args.channels = tuple(args.channels[0] // 2 * m for m in (1, 2, 4, 4)[:len(VAES[args.vae]) + 1])            # full: MAISI's widths
         args.attention, factor = (0,) * len(args.channels), max(math.prod(s) for s in zip(*VAES[args.vae]))
-        if args.size % factor:
-            fail(f'--size {args.size}: --vae {args.vae} needs a multiple of {factor}')
+        for name, n in (('size', args.size), ('volume', args.volume or 0)):
+            if n % factor:
+                fail(f'--{name} {n}: --vae {args.vae} needs a multiple of {factor}')
         if args.iters == 0:
             fail('--iters 0: there is no autoencoder to start from; train it')
     if not (args.wavelet or args.latent):
         return args
-    name, factor = '--wavelet' if args.wavelet else '--latent', (2, 2)
+    name, factor = '--wavelet' if args.wavelet else '--latent', (2,) * (3 if args.volume else 2)
     if args.wavelet and args.latent:
         fail('--wavelet and --latent are two spaces; give one')
     if args.target == 'eps':
@@ -115,13 +117,15 @@ def finish_spaces(args, given):
     if args.latent:
         about, theirs = read_autoencoder(args.latent)
         factor = build_autoencoder(argparse.Namespace(**about['args']))[1]
-        if theirs['args']['size'] != args.size:
-            fail(f'--latent {args.latent}: was trained on {theirs["args"]["size"]} pixels; --size is {args.size}')
+        for k in ('size', 'volume'):
+            if theirs['args'].get(k) != getattr(args, k):
+                fail(f'--latent {args.latent}: was trained with --{k} {theirs["args"].get(k)}; this run has {getattr(args, k)}')
     levels = len(args.channels or (0,))
     step = 2 ** (levels - 1) if args.model == 'unet' else args.patch
     for size in args.progressive or (args.size,):
-        if any(size % (f * step) for f in factor):
-            fail(f'--size {size}: {name} and {f"{levels} levels need" if args.model == "unet" else "patches need"} a multiple of {max(factor) * step}; '
+        wrong = [k for k, n, f in (('volume', args.volume or 0, factor[0]), ('size', size, max(factor[-2:]))) if n % (f * step)]
+        if wrong:
+            fail(f'--{wrong[0]} {getattr(args, wrong[0])}: {name} and {f"{levels} levels need" if args.model == "unet" else "patches need"} a multiple of {max(factor) * step}; '
                  f'give {"fewer --channels and --attention" if args.model == "unet" else "a smaller --patch"}')
     return args
 
@@ -135,7 +139,7 @@ def read_autoencoder(path):
         return state['space'], state
     if not state['args'].get('vae'):
         fail(f'--latent {path}: holds no autoencoder; give a run of train_bravo.py --vae')
-    args = {k: state['args'][k] for k in ('vae', 'channels', 'layers', 'latent_channels', 'norm_groups')}
+    args = {k: state['args'].get(k) for k in ('vae', 'channels', 'layers', 'latent_channels', 'norm_groups', 'volume')}
     return dict(args=args, weights=state['ema'], hash=weights_hash(state['ema'])), state
 
 
@@ -149,8 +153,9 @@ def encode_once(space, data, cache, device):
         tmp = file.with_name(f'.{file.name}.{uuid.uuid4().hex[:8]}.tmp')
         try:
             with open(tmp, 'wb') as f:
-                for i in progress(range(0, len(data.images), 64), 'encoding', leave=False):
-                    space.transform(torch.tensor(data.images[i:i + 64]).to(device)).cpu().numpy().tofile(f)
+                step = 1 if space.depth else 64
+                for i in progress(range(0, len(data.images), step), 'encoding', leave=False):
+                    space.transform(torch.tensor(data.images[i:i + step]).to(device)).cpu().numpy().tofile(f)
             os.replace(tmp, file)
         finally:
             tmp.unlink(missing_ok=True)
@@ -158,11 +163,11 @@ def encode_once(space, data, cache, device):
 
 
 def moments(parts):
-    """Mean and standard deviation (1e-4 at least) of each channel over parts (B,C,h,w), in fp64."""
+    """Mean and standard deviation (1e-4 at least) of each channel over parts (B,C,...), in fp64."""
     n, total, square = 0, 0, 0
     for z in parts:
-        z = z.double()
-        n, total, square = n + z[:, 0].numel(), total + z.sum((0, 2, 3)), square + z.square().sum((0, 2, 3))
+        z, axes = z.double(), (0, *range(2, z.ndim))
+        n, total, square = n + z[:, 0].numel(), total + z.sum(axes), square + z.square().sum(axes)
     return total / n, (square / n - (total / n) ** 2).clamp(min=1e-8).sqrt()
 
 
@@ -177,14 +182,14 @@ def make_space(args, state, data, rows, device):
             fail(f'--init {args.init}: acts on {kind(theirs["args"])}, this run on {kind(vars(args))}, or they have not the same autoencoder; '
                  f'make them agree (--latent {args.init} takes the one of that run)')
     if not (args.wavelet or args.latent):
-        return Space(), None
-    about, channels = theirs.get('space') or about, about['args']['latent_channels'] if args.latent else 4
-    space = Space({'shift': torch.zeros(channels), 'scale': torch.ones(channels), **about}).to(device)
+        return Space(depth=args.volume), None
+    about, channels = theirs.get('space') or about, about['args']['latent_channels'] if args.latent else 8 if args.volume else 4
+    space = Space({'shift': torch.zeros(channels), 'scale': torch.ones(channels), **about}, args.volume).to(device)
     latents = encode_once(space, data, args.cache, device) if args.latent else None
     if 'scale' not in about:
         parts = (rows[i:i + 64] for i in range(0, len(rows), 64))
         shift, scale = moments(torch.from_numpy(latents[r]) if args.latent else haar(torch.from_numpy(data.images[r])) for r in parts)
-        space = Space({**about, 'shift': shift.float(), 'scale': scale.float()}).to(device)
+        space = Space({**about, 'shift': shift.float(), 'scale': scale.float()}, args.volume).to(device)
     told = ', '.join(f'{m:.3f} +- {s:.3f}' for m, s in zip(space.shift.flatten().tolist(), space.scale.flatten().tolist()))
     print0(f'space: {space.name} of {" x ".join(map(str, space.shape(args.size)))}, each channel shifted and scaled by its {told}; '
            'held-out errors of different spaces do not compare')
@@ -243,10 +248,10 @@ def train_vae(args, state, data, rows, val, device):
     2022): beside a mean L1 and an undivided KL it would be too strong by the number of pixels. A GAN (hinge loss) joins at --gan-from, but not while
     the stages of multiscale learn alone.
     """
-    out, pixels = Path(args.out), args.size ** 2
+    out, grid = Path(args.out), (*([args.volume] if args.volume else []), args.size, args.size)
     torch.manual_seed(seed_of(args.seed, 'weights') % 2 ** 32)
     net, factor = build_autoencoder(args)
-    net = net.to(device, memory_format=torch.channels_last)
+    net, pixels, few = channels_last(net.to(device)), math.prod(grid), 2 if args.volume else 16
     disc = PatchGAN(layers=3 if args.size >= 128 else 2).to(device, memory_format=torch.channels_last) if args.gan else nn.Module()
     ema, both = EMA(net, args.ema_decay), nn.ModuleList([net, disc])
     opt = torch.optim.AdamW([dict(params=[*net.parameters()]), *([dict(params=[*disc.parameters()], betas=(0.5, 0.9))] if args.gan else [])],
@@ -257,10 +262,10 @@ def train_vae(args, state, data, rows, val, device):
         net.load_state_dict(state['net']), ema.net.load_state_dict(state['ema']), disc.load_state_dict(state['disc']), opt.load_state_dict(state['opt'])
         start, ema.updates = state['step'], state['ema_updates']
     model = torch.compile(net) if args.compile else net
-    shape = (args.latent_channels, args.size // factor[0], args.size // factor[1])
+    shape = (args.latent_channels, *(n // f for n, f in zip(grid, factor)))
     stages = getattr(net, 'stages', [net])
-    print0(f'{sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters; {args.size} x {args.size} pixels become {" x ".join(map(str, shape))}: '
-           f'{math.prod(factor)} times less area, {pixels / math.prod(shape):g} times fewer numbers')
+    print0(f'{sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters; {" x ".join(map(str, grid))} pixels become {" x ".join(map(str, shape))}: '
+           f'{math.prod(factor)} times less {"volume" if args.volume else "area"}, {pixels / math.prod(shape):g} times fewer numbers')
 
     def reconstruct(network, x, noise=None, stage=None):
         with autocast(device, args.dtype):
@@ -307,7 +312,7 @@ def train_vae(args, state, data, rows, val, device):
     def held_out(network, stage):
         """Mean L1 on validation patients, of the latent's mean."""
         picked = val[batch_rows(len(val), min(128, len(val)), 0, 0)]
-        parts = [torch.tensor(data.images[picked[i:i + 16]]).to(device) for i in range(0, len(picked), 16)]
+        parts = [torch.tensor(data.images[picked[i:i + few]]).to(device) for i in range(0, len(picked), few)]
         return float(torch.cat([(reconstruct(network, x, None, stage)[0] - x).abs().flatten(1).mean(1) for x in parts]).mean())
 
     if args.lr_find and not state:
@@ -363,10 +368,10 @@ def reconstructions(f, data, rows, device, path):
     """A picture of eight slices, from the one with the least tumour up: real, f(real), twice their difference, lesions outlined."""
     tumour = np.array([data.table[r]['tumour'] for r in rows])
     order = np.argsort(np.where(tumour, tumour, tumour.max() + 1), kind='stable')[:max((tumour > 0).sum(), 8)]
-    picked = rows[order[np.linspace(0, len(order), 8, endpoint=False).astype(int)]]
+    picked = rows[order[np.linspace(0, len(order), 8 if data.images.ndim == 4 else 3, endpoint=False).astype(int)]]
     x, masks = torch.tensor(data.images[picked]), data.masks[picked, 0]
-    y, zoom = f(x.to(device)).cpu(), max(1, 128 // x.shape[-1])
-    save_grid(path, [[outline(i, m, zoom=zoom) for i, m in zip(images[:, 0].numpy(), masks)] for images in (x, y, 2 * (y - x))],
+    y, zoom, flat = f(x.to(device)).cpu(), max(1, 128 // x.shape[-1]), views(masks, masks)
+    save_grid(path, [[outline(i, m, zoom=zoom) for i, m in zip(views(images[:, 0].numpy(), masks), flat)] for images in (x, y, 2 * (y - x))],
               ['real', 'reconstruction', 'difference x 2'], zoom)
 
 
@@ -378,22 +383,28 @@ def report_reconstruction(f, data, rows, device, factor, out):
     """PSNR and SSIM of f(slice) on held-out patients, of whole slices and inside lesions by size: reconstruction.csv, and printed.
 
     PSNR = 10 log10(4 / error), with the squared error averaged over slices, or over lesions (a small one counts as much as a large
-    one). "resize": area averages on a grid of the latent's size, enlarged linearly: what the factor alone would leave.
+    one). "resize": area averages on a grid of the latent's size, enlarged linearly: what the factor alone would leave. Volumes are
+    measured slice by slice, but for the resize.
     """
     bins = [f'lesions {a}' for a in ('below 5 mm', '5 to 10 mm', '10 to 20 mm', 'from 20 mm')]
     found = {name: [] for name in ('slices', *bins)}
-    for i in range(0, len(rows), 16):
-        picked = rows[i:i + 16]
-        x = torch.tensor(data.images[picked])
+    volume = len(factor) == 3
+    pool, mode = (F.adaptive_avg_pool3d, 'trilinear') if volume else (F.adaptive_avg_pool2d, 'bilinear')
+    for i in range(0, len(rows), 2 if volume else 16):
+        picked = rows[i:i + (2 if volume else 16)]
+        x, masks = torch.tensor(data.images[picked]), data.masks[picked, 0]
         y = f(x.to(device)).cpu().clamp(-1, 1)
-        coarse = F.interpolate(F.adaptive_avg_pool2d(x, [x.shape[-1] // n for n in factor]), x.shape[-1], mode='bilinear')
+        coarse = F.interpolate(pool(x, [s // n for s, n in zip(x.shape[2:], factor)]), x.shape[2:], mode=mode)
+        if volume:
+            picked, masks = picked.repeat(x.shape[2]), masks.reshape(-1, *masks.shape[2:])
+            x, y, coarse = (v[:, 0].flatten(0, 1)[:, None] for v in (x, y, coarse))
         luminance, structure = ssim_parts(*(F.pad(v, (5,) * 4, mode='reflect') for v in (x, y)))
         maps = torch.cat([(y - x).square(), luminance * structure, (coarse - x).square()], 1).numpy()                       # (B, 3, S, S)
-        for r, m in zip(picked, maps):
-            row, (labels, n) = data.table[r], components(data.masks[r, 0])
+        for r, m, mask in zip(picked, maps, masks):
+            row, (labels, n) = data.table[r], components(mask)
             found['slices'].append((row['patient'], *m.mean((1, 2))))
             for k in range(1, n + 1):
-                mm = math.sqrt(4 * (labels == k).sum() * math.prod(row['spacing']) / math.pi)
+                mm = math.sqrt(4 * (labels == k).sum() * math.prod(row['spacing'][-2:]) / math.pi)
                 found[bins[int(np.searchsorted(BINS_MM, mm, 'right'))]].append((row['patient'], *m[:, labels == k].mean(1)))
     psnr, table = lambda error: f'{10 * math.log10(4 / max(float(np.mean(error)), 1e-12)):.2f}', []
     for name, values in found.items():
@@ -468,7 +479,7 @@ def main(args):
     roots = args.data or [phantom_root(args.cache)]
     seen = state or (args.latent and read_autoencoder(args.latent)[1])       # an autoencoder knows heads in its own box
     sizes = args.progressive or (args.size,)                                 # data has the last one: what the run is for
-    sets = {s: load_slices(roots, s, ('bravo',), seen and seen['box'], args.split, args.cache, args.labels, args.speck) for s in sizes}
+    sets = {s: load_slices(roots, s, ('bravo',), seen and seen['box'], args.split, args.cache, args.labels, args.speck, depth=args.volume) for s in sizes}
     data = sets[args.size]
     rows, val = data.rows('train', args.empty_slices, args.seed), data.rows('val', args.empty_slices, args.seed)
     if not len(rows):
@@ -477,12 +488,12 @@ def main(args):
     pairs = read_pairs(args.reflow, args.size, args.split, space) if args.reflow else None
     rows = np.arange(len(pairs.image)) if pairs else rows
     level = torch.tensor([r['level'] for r in data.table])
-    print0(f'training on {len(rows)} {"pairs" if pairs else "slices"}, held out {len(val)}')
+    print0(f'training on {len(rows)} {"pairs" if pairs else "volumes" if args.volume else "slices"}, held out {len(val)}')
     if args.vae:
         return train_vae(args, state, data, rows, val, device)
 
     def batch(picked, size=args.size):
-        """Images in [-1,1] (B,1,S,S), masks in {0,1} (B,1,S,S), slice level (B,1) or None, on the CPU."""
+        """Images in [-1,1] (B,1,[D,]S,S), masks in {0,1} (B,1,[D,]S,S), slice level (B,1) or None, on the CPU."""
         extra = level[picked][:, None] if args.slice_level else None
         return torch.tensor(sets[size].images[picked]), torch.tensor(sets[size].masks[picked]).float(), extra
 
@@ -505,7 +516,7 @@ def main(args):
     if state:
         fit_pruned(net, state['net'])
         net.load_state_dict(state['net'])
-    net = net.to(memory_format=torch.channels_last)                          # convolutions are faster with it
+    net = channels_last(net)
     ema = EMA(net, args.ema_decay)
     if args.dtype == 'pure-bf16':
         net.bfloat16()
@@ -589,7 +600,7 @@ def main(args):
         pool = val if len(val) else data.rows('train')
         full = np.array([i for i in pool if data.table[i]['tumour'] > 0], int)
         pool = full if len(full) >= 8 else pool
-        picked = pool[np.linspace(0, len(pool), 8, endpoint=False).astype(int)]
+        picked = pool[np.linspace(0, len(pool), 2 if args.volume else 8, endpoint=False).astype(int)]
         x_0, mask, extra = (v if v is None else v.to(device) for v in batch(picked, size))
         twice = lambda v: v if v is None else torch.cat([v, v])
         denoise = make_denoise(ema.net, process, twice(mask_condition(mask, args.p_uncond)), None, twice(extra), args.dtype, clip=not args.rflow and not space.about)
@@ -597,7 +608,8 @@ def main(args):
         made = sample_ddim(denoise, noise, process.times(min(25 if args.rflow else 50, args.steps or 25), shift=process.shift), process)
         rows_ = process.from_range(made).float().cpu()[:, 0].chunk(2)
         zoom, masks = max(1, 128 // size), mask.cpu()[:, 0]
-        save_grid(path, [list(x_0.cpu()[:, 0]), list(masks * 2 - 1), *rows_, [outline(x, m, zoom=zoom) for x, m in zip(rows_[0], masks)]],
+        *shown, flat = (views(v, masks) for v in (x_0.cpu()[:, 0], masks * 2 - 1, *rows_, masks))
+        save_grid(path, [*shown, [outline(x, m, zoom=zoom) for x, m in zip(shown[2], flat)]],
                   ['real', 'mask', 'generated', 'generated 2', 'with mask'], zoom)
 
     # length, learning rate test

@@ -3,6 +3,7 @@
   python train_seg.py --rflow --steps 100                           the built-in phantom, minutes on two cores
   python train_seg.py --rflow --data DIR --out runs/mine            your patients (one folder each: bravo.nii.gz, seg.nii.gz)
   python train_seg.py --rflow --data DIR --slice-level              where in the head a slice lies is a condition
+  python train_seg.py --rflow --data DIR --volume 32 --size 64      volumes of 32 slices, coherent from slice to slice
 
 The network sees the noisy mask alone, as an image of -1 and 1; sample.py cuts what it draws at 0. Beside train_bravo.py
 this file lacks the mask channel and the perceptual loss; the rest is the same, line by line.
@@ -31,16 +32,16 @@ def main(args):
     print0(f'{out}: preset {args.preset}, {args.device}, {args.dtype}' + (f', going on from step {state["step"]}' if state else ''))
     roots = args.data or [phantom_root(args.cache)]
     sizes = args.progressive or (args.size,)                                 # data has the last one: what the run is for
-    sets = {s: load_slices(roots, s, ('bravo',), state and state['box'], args.split, args.cache, args.labels, args.speck) for s in sizes}
+    sets = {s: load_slices(roots, s, ('bravo',), state and state['box'], args.split, args.cache, args.labels, args.speck, depth=args.volume) for s in sizes}
     data = sets[args.size]
     rows, val = data.rows('train', args.empty_slices, args.seed), data.rows('val', args.empty_slices, args.seed)
     if not len(rows):
         fail(f'--data {" ".join(map(str, roots))}: no slice of a training patient; see --split')
     level = torch.tensor([r['level'] for r in data.table])
-    print0(f'training on {len(rows)} slices, held out {len(val)}')
+    print0(f'training on {len(rows)} {"volumes" if args.volume else "slices"}, held out {len(val)}')
 
     def batch(picked, size=args.size):
-        """Masks as images of -1 and 1 (B,1,S,S), slice level (B,1) or None, on the CPU."""
+        """Masks as images of -1 and 1 (B,1,[D,]S,S), slice level (B,1) or None, on the CPU."""
         extra = level[picked][:, None] if args.slice_level else None
         return torch.tensor(sets[size].masks[picked]).float() * 2 - 1, extra
 
@@ -65,7 +66,7 @@ def main(args):
     if state:
         fit_pruned(net, state['net'])
         net.load_state_dict(state['net'])
-    net = net.to(memory_format=torch.channels_last)                          # convolutions are faster with it
+    net = channels_last(net)
     ema = EMA(net, args.ema_decay)
     if args.dtype == 'pure-bf16':
         net.bfloat16()
@@ -91,7 +92,7 @@ def main(args):
         t, u = process.draw_t(B, g, curriculum.window, size / sizes[0]), torch.rand(B, 5, generator=g)
         present = torch.rand(B, generator=g) >= args.p_uncond                # whose condition the network is told
         hide = torch.rand(B, LESIONS, 2, generator=g) < 0.2                  # whose size and place it is not
-        noise = torch.randn(B, 1, size, size, generator=generator(args.seed, 'noise', step, device=device), device=device)
+        noise = torch.randn(B, *process.space.shape(size), generator=generator(args.seed, 'noise', step, device=device), device=device)
         for _, sparse in sparse_layers(net) if args.dense_tail else ():
             sparse.dense.fill_(args.iters is not None and step >= (1 - args.dense_tail) * args.iters)
         total = torch.zeros((), device=device)
@@ -125,7 +126,7 @@ def main(args):
         picked = val[batch_rows(len(val), min(128, len(val)), 0, 0)]
         t = process.times(min(len(picked), args.steps or len(picked)))[:-1]
         t = t[torch.arange(len(picked)) * len(t) // len(picked)]
-        noise = torch.randn(len(picked), 1, args.size, args.size, generator=generator('held-out'))
+        noise = torch.randn(len(picked), *process.space.shape(args.size), generator=generator('held-out'))
         for part in (slice(i, i + args.batch_size) for i in range(0, len(picked), args.batch_size)):
             x_0, extra, eps, times = (v if v is None else v.to(device) for v in (*batch(picked[part]), noise[part], t[part]))
             with autocast(device, args.dtype):
@@ -137,14 +138,14 @@ def main(args):
     def picture(path, size):
         """Real masks of validation patients, and generated ones (for the same slice levels and, with --controllable, requests)."""
         pool = val if len(val) else data.rows('train')
-        picked = pool[np.linspace(0, len(pool), 8, endpoint=False).astype(int)]
+        picked = pool[np.linspace(0, len(pool), 2 if args.volume else 8, endpoint=False).astype(int)]
         x_0, extra = (v if v is None else v.to(device) for v in batch(picked, size))
         thrice = lambda v: v if v is None else torch.cat([v] * 3)
         denoise = make_denoise(ema.net, process, None, thrice(tokens(x_0)), thrice(extra), args.dtype, clip=not args.rflow)
         noise = torch.cat([torch.randn(x_0.shape, generator=generator('picture', k)) for k in range(3)]).to(device)
         made = sample_ddim(denoise, noise, process.times(min(25 if args.rflow else 50, args.steps or 25), shift=process.shift), process)
         rows_ = process.from_range(made).float().cpu()[:, 0].chunk(3)
-        save_grid(path, [list(x_0.cpu()[:, 0]), *rows_], ['real', 'generated', 'generated 2', 'generated 3'], max(1, 128 // size))
+        save_grid(path, [views(v, v > 0) for v in (x_0.cpu()[:, 0], *rows_)], ['real', 'generated', 'generated 2', 'generated 3'], max(1, 128 // size))
 
     # length, learning rate test
     if args.dry_run:
