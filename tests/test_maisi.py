@@ -1,0 +1,143 @@
+"""MAISI's published files, here with random weights of small widths: loading, the volumes' frame, splits, the sampler, end to end. Against
+MONAI's own classes: tests/parity/test_maisi.py."""
+import argparse
+import math
+import re
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+import common
+from common import MAISI, Autoencoder, Conv3d, MaisiVAE, RFlow, UNet, load_run, make_denoise, maisi_extra, sample_euler, sample_maisi, turn, turn_back
+from train_bravo import get_args, read_autoencoder, read_maisi_unet
+
+
+def randomised(net, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    for p in net.parameters():
+        p.data = torch.randn(p.shape, generator=g) * p[0].numel() ** -0.5 if p.ndim > 1 else 1 + 0.2 * torch.randn(p.shape, generator=g)
+    return net
+
+
+def as_published(weights, kind=None):
+    """Our weights under the names of MAISI's autoencoder, or of its U-Net of this kind: what a published file holds."""
+    if kind is None:
+        rename = [(r'^(en|de)coder\.', r'\1coder.blocks.'), (r'\.skip', '.nin_shortcut'), ('^mean', 'quant_conv_mu'), ('^log_var', 'quant_conv_log_sigma'),
+                  ('^from_latent', 'post_quant_conv')]
+    else:
+        layers = ['top_region_index', 'bottom_region_index', 'spacing'][-len(MAISI[kind]['joined']):]
+        rename = [(rf'^joined\.{i}', f'{name}_layer') for i, name in enumerate(layers)]
+        rename += [('class_embed', 'class_embedding'), (r'\.time$', '.time_emb_proj'), (r'\.skip$', '.skip_connection'), (r'attn\.out$', 'attn.out_proj'),
+                   (r'^(down_blocks\.\d+)\.resample$', r'\1.downsampler.op'), (r'resample\.conv$', 'upsampler.postconv'),
+                   (r'^(down|up)(_blocks\.\d+)\.resample', r'\1\2.\1sampler')]
+    out = {}
+    for key, value in weights.items():
+        old, name = key.rsplit('.', 1)
+        stem = old
+        for pattern, text in rename:
+            stem = re.sub(pattern, text, stem)
+        wrap = ('.conv' if kind or 'quant' in stem else '.conv.conv') if weights[f'{old}.weight'].ndim == 5 else ''
+        parts = [(stem, value)] if not stem.endswith('.qkv') else [(f'{stem[:-3]}to_{c}', v) for c, v in zip('qkv', value.chunk(3))]
+        out |= {f'{stem}{wrap}.{name}': v for stem, v in parts}
+    return out
+
+
+SMALL = dict(channels=(8, 16), attention=(0, 1), layers=1, head_channels=32, norm_groups=32)
+
+
+@pytest.fixture(scope='module')
+def files(tmp_path_factory):
+    """Files of the published layout: the autoencoder a bare state dict, the U-Nets dicts with what training left in them."""
+    root = tmp_path_factory.mktemp('maisi')
+    torch.save(as_published(randomised(MaisiVAE(4, (8, 8, 16), 1, 32)).state_dict()), root / 'vae.pt')
+    for kind in MAISI:
+        net = randomised(UNet(4, 4, dims=3, **SMALL, **MAISI[kind]))
+        told = as_published(net.state_dict(), kind)
+        if kind == 'ddpm':
+            told |= {k.replace('to_q', 'out_proj'): v for k, v in told.items() if 'to_q' in k}                 # the layers that it does not use
+        torch.save(dict(unet_state_dict=told, scale_factor=torch.tensor(0.8, dtype=torch.float16), num_train_timesteps=1000, epoch=3, loss=0.1), root / f'{kind}.pt')
+    return root
+
+
+@pytest.mark.parametrize('kind', MAISI)
+def test_shape_from_file(kind, files):
+    """Kind, widths, attention, layers and scale factor are read off the file; the network is the one that was written, its sign ours."""
+    weights, found, shape, scale = read_maisi_unet(files / f'{kind}.pt')
+    assert found == kind and scale == pytest.approx(0.8, abs=1e-3)
+    assert shape == dict(in_channels=4, out_channels=4, **SMALL)
+    ours, theirs = UNet(**shape, dims=3, **MAISI[kind]), randomised(UNet(4, 4, dims=3, **SMALL, **MAISI[kind]))
+    ours.load_state_dict(weights, strict=True)
+    x, t, extra = torch.randn(1, 4, 8, 8, 8, generator=common.generator('x')), torch.tensor([0.3]), torch.ones(1, 4 if kind == 'rflow' else 11)
+    assert torch.equal(ours(x, t, extra=extra), theirs(x, t, extra=extra) * (-1 if kind == 'rflow' else 1))
+
+
+def test_autoencoder_from_file(files):
+    about, run = read_autoencoder(files / 'vae.pt')
+    assert run is None and about['args']['channels'] == [8, 8, 16] and about['args']['layers'] == 1 and about['args']['latent_channels'] == 4
+    written = randomised(MaisiVAE(4, (8, 8, 16), 1, 32)).state_dict()
+    assert written.keys() == about['weights'].keys() and all(torch.equal(v, about['weights'][k]) for k, v in written.items())
+
+
+def test_frame():
+    """Right, anterior, superior: voxel (z, y, x) goes to (x from the right end, y from the far end, z). Both networks act in that frame."""
+    v = torch.arange(2 * 3 * 4.0).view(1, 1, 2, 3, 4)
+    assert turn(v)[0, 0, 0, 0, 1] == v[0, 0, 1, 2, 3] and turn(v)[0, 0, 3, 2, 0] == v[0, 0, 0, 0, 0]
+    assert torch.equal(turn_back(turn(v)), v)
+    vae, x = randomised(MaisiVAE(2, (4, 4, 8), 1, 4)), torch.randn(1, 1, 4, 8, 12, generator=common.generator('frame'))
+    plain = Autoencoder(1, 2, (4, 4, 8), 1, dims=3, norm_groups=4, smooth=True)
+    plain.load_state_dict(vae.state_dict())
+    mean = plain.encode((turn(x) + 1) / 2)[0]
+    assert torch.allclose(vae.encode(x)[0], turn_back(mean), atol=1e-6) and vae.encode(x)[0].shape[2:] == (1, 2, 3)
+    assert torch.allclose(vae.decode(vae.encode(x)[0]), turn_back(2 * plain.decode(mean) - 1), atol=1e-5)
+    nets = [randomised(UNet(1, 1, (8, 8), (0, 0), dims=3, norm_groups=2, head_channels=8, turned=on)) for on in (False, True)]
+    t = torch.tensor([0.4])
+    assert torch.allclose(nets[1](v.repeat(1, 1, 2, 2, 1)[:, :, :, :6], t), turn_back(nets[0](turn(v.repeat(1, 1, 2, 2, 1)[:, :, :, :6]), t)), atol=1e-5)
+
+
+@pytest.mark.parametrize('kind', MAISI)
+def test_extra(kind):
+    args = argparse.Namespace(maisi=kind, maisi_class=9)
+    extra = maisi_extra(args, [[2.0, 1.1, 0.9], [1, 1, 1]])
+    head = [9.0] if kind == 'rflow' else [1.0, 0, 0, 0, 1, 0, 0, 0]
+    assert torch.allclose(extra, torch.tensor([[*head, 90, 110, 200], [*head, 100, 100, 100]]))
+
+
+@pytest.mark.parametrize('size', [(8, 8, 8), (7, 6, 5), (3, 4, 4)], ids=str)
+@pytest.mark.parametrize('kw', [dict(kernel_size=3, padding=1), dict(kernel_size=3, stride=2), dict(kernel_size=1), dict(kernel_size=3, stride=2, padding=1)], ids=str)
+def test_split_convolution(kw, size):
+    """Any number of slabs, lengths that do not divide and slabs that hold nothing included: the same values and gradients."""
+    conv, x = randomised(Conv3d(3, 4, **kw)), torch.randn(2, 3, *size, generator=common.generator('split', size), requires_grad=True)
+    seen = []
+    for conv.splits in (1, 2, 4, 9):
+        conv.zero_grad(), setattr(x, 'grad', None)
+        out = conv(x)
+        (out * torch.arange(out.numel()).view(out.shape).cos()).sum().backward()
+        seen.append([out.detach(), x.grad, conv.weight.grad.clone()])
+    assert all((a - b).abs().max() < 1e-5 * max(1, float(a.abs().max())) for other in seen[1:] for a, b in zip(seen[0], other))
+
+
+def test_split_autoencoder(monkeypatch):
+    """num_splits 1 against 4: encode and decode to 1e-5, group norm over the whole."""
+    vae, x = randomised(MaisiVAE(4, (8, 8, 16), 1, 4)), torch.randn(1, 1, 16, 16, 16, generator=common.generator('vae'))
+    seen = []
+    for n in (1, 4):
+        monkeypatch.setattr(Conv3d, 'splits', n)
+        mean, log_var = vae.encode(x)
+        seen.append((mean, log_var, vae.decode(mean)))
+    assert seen[0][2].std() > 0.1 and all((a - b).abs().max() < 1e-5 * max(1, float(a.std())) for a, b in zip(*seen))
+
+
+@pytest.mark.parametrize('size, total, first', [((64, 64, 32), 1.00984, (1000, 978.5, 957, 934.5)), ((64, 64, 64), 1.00962, (1000, 983, 965.5, 947.5)),
+                                                ((128, 128, 128), 1.00869, (1000, 991.5, 982.5, 973))], ids=str)
+def test_published_times(size, total, first):
+    """The times that the published networks were sampled at with 30 steps, and the sum of the steps: a walk under a constant slope of 1."""
+    process = RFlow()
+    ts = process.times(30, 'maisi', (math.prod(size) / 32 ** 3) ** (1 / 3))
+    assert (1000 * ts[:4]).tolist() == pytest.approx(first, abs=1e-4) and ts[-1] == 0
+    end = sample_maisi(lambda x, t: (torch.zeros(1), -torch.ones(1)), torch.zeros(1), ts, process)             # v = eps - x_0 = -1
+    assert float(end) == pytest.approx(total, abs=1e-5)
+    grid = RFlow().times(30, shift=(math.prod(size) / 32 ** 3) ** (1 / 3))                                      # our own: no rounding, sum 1
+    assert (grid - ts).abs().max() < 3e-4
+    assert float(sample_euler(lambda x, t: (x - t * -1, x + (1 - t) * -1), torch.zeros(1), grid, process)) == pytest.approx(1, abs=1e-5)
