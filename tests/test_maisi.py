@@ -141,3 +141,82 @@ def test_published_times(size, total, first):
     grid = RFlow().times(30, shift=(math.prod(size) / 32 ** 3) ** (1 / 3))                                      # our own: no rounding, sum 1
     assert (grid - ts).abs().max() < 3e-4
     assert float(sample_euler(lambda x, t: (x - t * -1, x + (1 - t) * -1), torch.zeros(1), grid, process)) == pytest.approx(1, abs=1e-5)
+
+
+def test_scaled_schedule():
+    """DDPM of the ddpm version: betas linear in their root, 0.0015 to 0.0195."""
+    beta = torch.linspace(0.0015 ** 0.5, 0.0195 ** 0.5, 1000, dtype=torch.float64) ** 2
+    t = torch.tensor([1, 400, 1000]) / 1000
+    assert torch.allclose(common.DDPM(1000, 'maisi').alpha(t) ** 2, torch.cumprod(1 - beta, 0)[[0, 399, 999]].float(), rtol=1e-5)
+
+
+@pytest.mark.parametrize('kind', MAISI)
+def test_start(kind, files, call, tmp_path):
+    """A run that starts from the files is, at its first step, the network of the file in our frame, blind to the mask; it keeps the file's scale
+    factor and the network's own time shift."""
+    flags = ['--volume', 8, '--size', 16, '--maisi-vae', files / 'vae.pt', '--maisi-unet', files / f'{kind}.pt', '--iters', 0]
+    run = load_run(call('bravo', tmp_path / kind, *flags, *(['--rflow', '--maisi-class', 30] if kind == 'rflow' else [])))
+    theirs = randomised(UNet(4, 4, dims=3, **SMALL, **MAISI[kind]))
+    g = common.generator('start')
+    x, mask, t, spacing = torch.randn(2, 4, 2, 4, 4, generator=g), torch.rand(2, 1, 8, 16, 16, generator=g).round(), 0.7, [[3, 2, 1.5], [1, 1, 1]]
+    extra = maisi_extra(run.args, spacing)
+    assert extra[0, 0] == (30 if kind == 'rflow' else 1) and run.args.maisi == kind
+    x_0, eps = make_denoise(run.net, run.process, mask, None, extra)(x, t)
+    with torch.no_grad():
+        told = turn_back(theirs(turn(x), torch.full((2,), 1000 * t if kind == 'rflow' else 699.0) / 1000, extra=extra))
+    found = x_0 - eps if kind == 'rflow' else eps                                             # what the original predicts
+    assert found.std() > 0.1 and (found - told).abs().max() < 1e-4
+    space = run.process.space
+    assert space.scale.flatten().tolist() == pytest.approx([1 / 0.8] * 4, abs=1e-3) and not space.shift.any()
+    images = torch.rand(1, 1, 8, 16, 16, generator=g) * 2 - 1
+    z = randomised(MaisiVAE(4, (8, 8, 16), 1, 32)).encode(images)[0]
+    assert torch.allclose(space.encode(images), z * space.scale.reciprocal(), atol=1e-5) and space.encode(images).shape == (1, *space.shape(16))
+    assert run.process.shift == pytest.approx((2 * 4 * 4) ** (1 / 3) / 32 if kind == 'rflow' else 1)
+
+
+def test_end_to_end(files, call, phantom, tmp_path):
+    """Autoencoder trained on from the file, latents of it, the U-Net trained on, a volume drawn as the original draws, NIfTI with its spacing."""
+    sizes = ['--volume', 8, '--size', 16, '--iters', 2]
+    vae = call('bravo', tmp_path / 'vae', '--vae', 4, '--maisi-vae', files / 'vae.pt', '--splits', 2, *sizes)
+    run = call('bravo', tmp_path / 'run', '--rflow', '--latent', vae, '--maisi-unet', files / 'rflow.pt', *sizes)
+    assert all((f / 'samples_000002.png').exists() for f in (vae, run))
+    state = common.load_checkpoint(run)
+    start = read_autoencoder(files / 'vae.pt')[0]['weights']
+    assert state['space']['weights'].keys() == start.keys() and any(not torch.equal(v, start[k]) for k, v in state['space']['weights'].items())
+    assert state['space']['scale'].tolist() == pytest.approx([1 / 0.8] * 4, abs=1e-3)
+    seen = {}
+    for name, flags in dict(maisi=['--sampler', 'maisi'], split=['--sampler', 'maisi', '--splits', 3], euler=[]).items():
+        out = call('sample', tmp_path / name, '--data', phantom, '--bravo', run, '--n', 1, '--steps', 3, *flags)
+        row = common.read_csv(out / 'manifest.csv')[0]
+        image = nib.load(out / row['folder'] / 'bravo.nii.gz')
+        volumes = common.load_slices([phantom], 16, box=common.load_run(run).box, cache=tmp_path / 'cache', depth=8)
+        spacing = next(r['spacing'] for r in volumes.table if r['folder'] == row['condition'].split(':')[0])
+        assert image.shape == (16, 16, 8) and np.allclose(image.header.get_zooms(), spacing[::-1], atol=1e-4)
+        seen[name] = np.asarray(image.dataobj)
+    assert seen['maisi'].std() > 0.01 and np.abs(seen['maisi'] - seen['split']).max() < 1e-3 and np.abs(seen['maisi'] - seen['euler']).max() > 1e-3
+
+
+WRONG = [  # flags, words of the line
+    ('--maisi-vae VAE', '--maisi-vae volumes --volume'),
+    ('--volume 8 --maisi-vae RFLOW --rflow', '--maisi-vae no'),
+    ('--volume 8 --maisi-vae NOWHERE --rflow', '--maisi-vae no such file'),
+    ('--volume 8 --maisi-vae VAE --maisi-unet VAE --rflow', '--maisi-unet no diffusion U-Net unet_state_dict scale_factor'),
+    ('--volume 8 --maisi-vae VAE --maisi-unet NOTES --rflow', 'NOTES loaded safely'),
+    ('--volume 8 --maisi-vae VAE --maisi-unet RFLOW', 'rflow add --rflow'),
+    ('--volume 8 --maisi-vae VAE --maisi-unet DDPM --rflow', 'ddpm leave away --rflow'),
+    ('--volume 8 --maisi-vae VAE --maisi-unet RFLOW --rflow --channels 8,8', '--channels follows leave'),
+    ('--volume 8 --maisi-unet RFLOW --rflow', '--maisi-unet --maisi-vae --latent'),
+    ('--volume 8 --maisi-vae VAE --vae 2', '--maisi-vae factor 4'),
+    ('--volume 8 --rflow --maisi-class 9', '--maisi-class 9 --maisi-unet'),
+    ('--rflow --splits 4', '--splits 4 --volume'),
+]
+
+
+@pytest.mark.parametrize('flags, words', WRONG, ids=[w[0] for w in WRONG])
+def test_wrong(flags, words, files, capsys, tmp_path):
+    (tmp_path / 'notes').write_text('no network')
+    names = dict(VAE=files / 'vae.pt', RFLOW=files / 'rflow.pt', DDPM=files / 'ddpm.pt', NOWHERE=tmp_path / 'nowhere', NOTES=tmp_path / 'notes')
+    with pytest.raises(SystemExit) as e:
+        get_args(['--preset', 'tiny', '--size', '16', '--device', 'cpu', *(str(names.get(f, f)) for f in flags.split())])
+    line = capsys.readouterr().err
+    assert e.value.code == 2 and line.count('\n') == 1 and all(str(names.get(w, w)) in line for w in words.split()), line
