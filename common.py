@@ -656,7 +656,8 @@ def load_slices(roots, size, modalities=('bravo',), box=None, split=None, cache=
     part = {(str(p['root']), p['folder'].name): p['part'] for p in patients}
     data.part = [part[r['root'], r['folder']] for r in data.table]
     names = {part: len({p['name'] for p in real if p['part'] == part}) for part in PARTS}
-    print0(f'data: {len(real)} real and {len(patients) - len(real)} synthetic folders, {len(data.table)} {f"volumes of {depth}x" if depth else "slices of "}{size}x{size}; '
+    kind = f'volumes of {depth}x' if depth else 'slices of '
+    print0(f'data: {len(real)} real and {len(patients) - len(real)} synthetic folders, {len(data.table)} {kind}{size}x{size}; '
            f'patients ' + ', '.join(f'{k} {v}' for k, v in names.items()) + f'; brain box {box}')
     told = '; '.join(f'{v} {k}' for k, v in data.notes.items() if v)
     print0(f'data: {told}' if told else 'data: nothing left out')
@@ -679,6 +680,22 @@ def augment(images, masks, u):
     grid = F.affine_grid(theta, list(images[:, :1].shape), align_corners=False).to(images.device)
     moved = F.grid_sample(images + 1, grid, mode='bilinear', align_corners=False) - 1
     return moved.view(shapes[0]), F.grid_sample(masks, grid, mode='nearest', align_corners=False).view(shapes[1])
+
+
+def crop_volumes(images, masks, crop, u, lesions=0.0):
+    """A crop (d, s) of each volume: images and masks (B,1,D,S,S) -> (B,1,d,s,s), and where it lies (B,6): its corners z, y, x and
+    far ends as fractions of the volume. u (B,4): uniform draws. lesions: the share that has a tumour voxel, any one, in its middle
+    (as far as the borders let it), where there is a tumour; the others lie anywhere."""
+    grid, size, out = torch.tensor(images.shape[2:]), torch.tensor([crop[0], crop[1], crop[1]]), ([], [], [])
+    for image, mask, v in zip(images, masks, u):
+        at = (v[1:] * (grid - size + 1)).long()
+        if v[0] < lesions and mask.any():
+            voxels = (mask[0] > 0).nonzero()
+            at = (voxels[int(v[0] / lesions * len(voxels))].cpu() - size // 2).clamp(min=0).minimum(grid - size)
+        piece = (slice(None), *(slice(a, a + s) for a, s in zip(at.tolist(), size.tolist())))
+        for part, value in zip(out, (image[piece], mask[piece], torch.cat([at / grid, (at + size) / grid]))):
+            part.append(value)
+    return torch.stack(out[0]), torch.stack(out[1]), torch.stack(out[2]).to(images.device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1254,6 +1271,16 @@ def time_embedding(t, channels, max_period=10000):
     return F.pad(torch.cat([args.cos(), args.sin()], 1), (0, channels % 2))
 
 
+def coordinates(x, where=None):
+    """Where each voxel of x (B,C,D,H,W) lies in its volume, from -1 to 1 along z, y, x: (B,3,D,H,W). where: of crop_volumes; none: all of it."""
+    where = x.new_tensor([0, 0, 0, 1, 1, 1]).expand(len(x), 6) if where is None else where.to(x)
+    low, span, out = where[:, :3], where[:, 3:] - where[:, :3], []
+    for axis, n in enumerate(x.shape[2:]):
+        u = low[:, axis:axis + 1] + span[:, axis:axis + 1] * ((torch.arange(n, device=x.device) + 0.5) / n)
+        out.append((2 * u - 1).view(len(x), *(n if axis == a else 1 for a in range(3))).expand(len(x), *x.shape[2:]))
+    return torch.stack(out, 1)
+
+
 class UNet(nn.Module):
     """The U-Net of Ho 2020 / Rombach 2022 in 2D or 3D: same function as MONAI's DiffusionModelUNet for the same weights.
 
@@ -1265,11 +1292,12 @@ class UNet(nn.Module):
     classes, joined, updown, project: MAISI's (see there). `extra` is then the class (if there are classes), whose embedding is added to
     that of time, and vectors of the lengths `joined`, whose embeddings are set beside it; updown: residual blocks that resample
     instead of convolutions; project: attention ends with a linear layer; turned: x comes as volumes lie here, MAISI knows them turned.
+    placed: trained on crops of volumes (--crop), so that `extra` says where x lies and becomes three more channels.
     """
 
     def __init__(self, in_channels, out_channels, channels=(128, 256, 256), attention=(0, 1, 1), layers=1,
-                 head_channels=256, context_dim=None, dims=2, extra_dim=0, norm_groups=32, classes=0, joined=(), updown=False, project=True,
-                 turned=False):
+                 head_channels=256, context_dim=None, dims=2, extra_dim=0, norm_groups=32, placed=False, classes=0, joined=(), updown=False,
+                 project=True, turned=False):
         super().__init__()
         if len(attention) != len(channels):
             fail(f'--attention has {len(attention)} levels, --channels {len(channels)}; give one 0 or 1 for each level')
@@ -1288,7 +1316,7 @@ class UNet(nn.Module):
                 return SpatialTransformer(c, min(head_channels, c), groups(c), conv, context_dim)
             return SpatialAttention(c, min(head_channels, c), groups(c), conv, project)
 
-        self.conv_in = conv(in_channels, channels[0])
+        self.placed, self.conv_in = placed, conv(in_channels + 3 * placed, channels[0])
         self.time_embed = mlp(channels[0])
         self.extra_embed = nn.Sequential(nn.Linear(extra_dim, embed), nn.SiLU(), zero_(nn.Linear(embed, embed))) if extra_dim else None
         self.class_embed, self.joined = nn.Embedding(classes, embed) if classes else None, nn.ModuleList(mlp(n) for n in joined)
@@ -1330,7 +1358,7 @@ class UNet(nn.Module):
             emb, extra = emb + self.class_embed(extra[:, 0].long()), extra[:, 1:]
         if len(self.joined):
             emb = torch.cat([emb, *(layer(v) for layer, v in zip(self.joined, extra.split([m[0].in_features for m in self.joined], 1)))], 1)
-        emb = F.silu(emb)
+        x, emb = torch.cat([x, coordinates(x, extra)], 1) if self.placed else x, F.silu(emb)
         run = lambda layer, *inputs: run_block(self, layer, *inputs)
 
         def level(block, h, skips=None, keep=None):
@@ -1730,7 +1758,7 @@ def build_net(args, in_channels, out_channels, extra_dim=0):
     sizes = dict(patch=args.patch, width=args.width, depth=args.depth, heads=args.heads, dims=dims)
     if args.model == 'unet':
         net = UNet(in_channels, out_channels, tuple(args.channels), tuple(args.attention), args.layers, args.head_channels, context_dim,
-                   dims, extra_dim, args.norm_groups, **MAISI.get(args.maisi, {}), turned=bool(args.maisi))
+                   dims, extra_dim, args.norm_groups, bool(args.crop), **MAISI.get(args.maisi, {}), turned=bool(args.maisi))
     elif args.model == 'mmdit':
         net = MMDiT(in_channels, out_channels, **sizes, context_dim=context_dim, extra_dim=extra_dim, present=args.p_uncond > 0 and not args.controllable)
     else:
@@ -1869,7 +1897,8 @@ class Space(nn.Module):
         grid's points; mask-present, the same everywhere, stays one channel."""
         if not self.about or mask is None:
             return mask
-        return torch.cat([space_to_depth(mask[:, :1], self.factor), mask[(slice(None), slice(1, None), *(slice(None, None, f) for f in self.factor))]], 1)
+        coarse = (slice(None), slice(1, None), *(slice(None, None, f) for f in self.factor))
+        return torch.cat([space_to_depth(mask[:, :1], self.factor), mask[coarse]], 1)
 
     def in_channels(self, mask_channels):
         """Of the network: x_0, and `mask_channels` (0, 1 or 2) as condition() lays them out."""
@@ -2517,10 +2546,10 @@ PRESETS = {
 MODELS = {'unet': ('channels', 'attention', 'layers', 'head_channels', 'norm_groups'),      # and the flags that shape each
           **dict.fromkeys(('dit', 'mmdit', 'mamba'), ('model_size', 'patch', 'width', 'depth', 'heads'))}
 YOUNGER = dict(model='unet', patch=None, width=None, depth=None, heads=None, p_uncond=0.0, controllable=False, sparse24=False, checkpointing=False,
-               progressive=None, volume=None, maisi=None, maisi_class=None)                                                     # flags that older runs do not hold
+               progressive=None, volume=None, crop=None, maisi=None, maisi_class=None)                 # flags that older runs do not hold
 # May differ when a run goes on; everything else must be as it was.
 FREE = {'device', 'dtype', 'compile', 'checkpointing', 'dry_run', 'out', 'save_every', 'sample_every', 'keep_every', 'cache', 'data', 'minutes', 'lr_find',
-        'perceptual_weights', 'lpips_weights', 'init', 'split', 'bravo', 'reward', 'splits', 'maisi_unet'}
+        'perceptual_weights', 'lpips_weights', 'init', 'inflate', 'split', 'bravo', 'reward', 'splits', 'maisi_unet'}
 
 
 def train_parser(doc, out):
@@ -2531,6 +2560,7 @@ def train_parser(doc, out):
     g.add_argument('--split', metavar='FILE', help='CSV patient,part instead of the split by name')
     g.add_argument('--size', type=number(int, 8, 4096), help='pixels a side; none: the preset\'s')
     g.add_argument('--volume', type=number(int, 2, 4096), metavar='D', help='train on whole volumes of D slices instead of slices')
+    g.add_argument('--crop', type=numbers(int, 2, 4096), metavar='D,S', help='with --volume: train on crops of D slices of S pixels a side')
     g.add_argument('--labels', type=numbers(int, 1), help='mask labels that count as tumour; none: all above 0')
     g.add_argument('--empty-slices', type=number(float, 0, 1), default=0.2, help='share of slices without tumour')
     g.add_argument('--speck', type=number(float, 0), default=4.0, help='smaller pieces of a mask are dropped, mm2; with --volume that ** 1.5 mm3')
@@ -2582,6 +2612,7 @@ def train_parser(doc, out):
     g.add_argument('--ema-decay', type=number(float, 0, 1), default=0.9999, help='of the weight average; 0: the raw weights')
     g.add_argument('--min-snr', type=number(float, 0), default=0.0, help='gamma of Min-SNR weighting (5 is usual); 0: off')
     g.add_argument('--init', metavar='FILE', help='start from a run of ours or a MONAI state dict')
+    g.add_argument('--inflate', metavar='RUN', help='with --volume: start from a run on slices, its kernels in the middle of 3D ones')
     g.add_argument('--init-target', choices=('eps', 'v', 'x0', 'x0-eps'), help='what a MONAI network predicts')
     g.add_argument('--init-range', type=numbers(float), help='range of the images that a MONAI network was trained on, as 0,1')
     g = p.add_argument_group('run')
@@ -2621,6 +2652,12 @@ def finish_args(args):
         for name in ('slice_level', 'controllable', 'progressive', 'perceptual', 'fft', 'fft_log', 'reflow', 'gan'):
             if getattr(args, name, None):
                 fail(f'--volume {args.volume} and --{name.replace("_", "-")}: that is for slices; leave one of them away')
+    for name in ('crop', 'inflate'):
+        if getattr(args, name) and (not args.volume or args.model != 'unet'):
+            fail(f'--{name} {getattr(args, name)}: is for a U-Net on volumes; add --volume D, leave --model {args.model} away')
+    if args.inflate and args.init:
+        fail(f'--inflate {args.inflate} and --init {args.init}: both say where to start; give one')
+    args.init = args.inflate or args.init
     if args.iters is not None and args.minutes is not None:
         fail('--iters and --minutes both set the length; give one')
     if args.progressive:
@@ -2687,6 +2724,8 @@ def finish_args(args):
             fail(f'--{"progressive" if args.progressive else "size"} {size}: {why} a multiple of {step}')
     if args.volume and args.volume % step:
         fail(f'--volume {args.volume}: {why} a multiple of {step}')
+    if args.crop and (len(args.crop) != 2 or args.crop[0] > args.volume or args.crop[1] > args.size or any(n % step for n in args.crop)):
+        fail(f'--crop {",".join(map(str, args.crop))}: expected D,S of at most {args.volume},{args.size}, multiples of {step}')
     parts = args.accumulate * int(os.environ.get('WORLD_SIZE', 1))
     if args.batch_size % parts:
         fail(f'--batch-size {args.batch_size}: must be a multiple of processes x --accumulate = {parts}')
@@ -3085,6 +3124,18 @@ def plain_names(weights):
     return {plain_name(k): v for k, v in weights.items() if not k.endswith('parametrizations.weight.0.dense')}
 
 
+def inflate(weights):
+    """A 2D network's state dict for the same network in 3D: each kernel in the middle slice of a 3D one, zeros before and behind it.
+
+    A volume that does not change along z becomes the 2D network's slice at every z, borders too: no tap sees another slice, norms see D
+    times the same values, attention D copies of each key, strided convolutions skip slices like those they keep. (Of other volumes it
+    does not hold: norms and attention join the slices, deeper levels see every second one. Kernels repeated along z and divided by 3, as
+    Carreira 2017 inflates, would fail at the borders too.)
+    """
+    deep = lambda w: F.pad(w[:, :, None], (0,) * 4 + (w.shape[-1] // 2,) * 2)
+    return {k: deep(v) if v.ndim == 4 else v for k, v in weights.items()}
+
+
 def load_init(net, args):
     """Starts net from --init FILE: a run of ours (its EMA) or a MONAI state dict. Fails when the shapes do not fit."""
     state = load_checkpoint(args.init)
@@ -3097,6 +3148,8 @@ def load_init(net, args):
         for name in ('model', 'rflow', 'target', 'heads', 'head_channels', 'norm_groups'):
             if theirs[name] != getattr(args, name):
                 fail(f'--init {args.init}: was trained with {name} {theirs[name]}, this run has {getattr(args, name)}; make them agree')
+        if bool(theirs['volume']) == (not args.volume or bool(args.inflate)):
+            fail(f'--init {args.init}: was trained with --volume {theirs["volume"]}, this run has {args.volume}; a run on slices is made 3D by --inflate RUN')
         args.init_range = theirs.get('init_range')
     else:
         if not args.init_target:
@@ -3112,12 +3165,14 @@ def load_init(net, args):
     for k in [k for k in weights if k.endswith('parametrizations.weight.original')] if not args.sparse24 else ():
         if not weights[k.replace('original', '0.dense')]:                                     # the network that was trained, without what its masks hid
             weights[k] = weights[k] * TwoFour().mask(weights[k])
-    weights = plain_names(weights)
+    weights = inflate(plain_names(weights)) if args.inflate else plain_names(weights)
     fit_pruned(net, weights)
     mine, key, pixels = plain_names(net.state_dict()), *(('conv_in.weight', 1) if args.model == 'unet' else ('embed.weight', args.patch ** (3 if args.volume else 2)))
-    first = weights.get(key)
-    if args.p_uncond and first is not None and first.ndim == mine[key].ndim and first.shape[1] == mine[key].shape[1] - pixels:
+    first, want = weights.get(key), mine[key].shape[1] - (3 if args.crop else 0)
+    if args.p_uncond and first is not None and first.ndim == mine[key].ndim and first.shape[1] == want - pixels:
         weights[key] = F.pad(first.unflatten(1, (pixels, -1)), (0, 0) * (first.ndim - 2) + (0, 1)).flatten(1, 2)   # mask-present starts without effect
+    if args.crop and first is not None and first.ndim == 5 and weights[key].shape[1] == want:
+        weights[key] = F.pad(weights[key], (0,) * 7 + (3,))                                   # so do coordinates
     if 'null' in mine:
         weights.setdefault('null', mine['null'])                                              # MMDiT's, of a run without --p-uncond
     wrong = [f'{k} is {tuple(weights[k].shape) if k in weights else "missing"}, here {tuple(v.shape)}' for k, v in mine.items()

@@ -186,6 +186,8 @@ def main(args):
     # run folder, models, data
     device, out = setup(args), Path(args.out)
     run, detector = load_run(args.bravo, device, args.dtype), load_detector(args.reward, device)
+    if run.args.volume:
+        fail(f'--bravo {args.bravo}: draws volumes, and a detector looks at slices; give a run without --volume')
     if run.args.script != 'bravo':
         fail(f'--bravo {run.path}: is a run of train_{run.args.script}.py')
     if detector.part != 'train':

@@ -6,6 +6,7 @@
   python sample.py --data DIR --bravo runs/bravo --n 4096 --pairs --out runs/pairs   noise and image, for train_bravo.py --reflow
   python sample.py --seg runs/seg --count 3 --size 8 --location 0.6,0.4   masks as asked for (train_seg.py --controllable)
   python sample.py --seg runs/seg --bravo runs/bravo --gate runs/detector    only images that a detector calls good (classifier.py train)
+  python sample.py --seg runs/seg3d --bravo runs/bravo3d --n 100 --batch-size 2   volumes, from runs trained with --volume
   python sample.py --data DIR --part test --per-patient 100 --bravo runs/bravo    100 images for each patient, on masks of that patient
 
 Leaves in --out one folder a patient in the layout of real data (bravo.nii.gz, seg.nii.gz, preview.png), manifest.csv (seed,
@@ -304,15 +305,15 @@ def draw(run, args, keys, what, steps, mask=None, level=None, callback=None, req
 
 
 class Masks:
-    """Mask number i, its slice level and where it comes from: (S,S) uint8, level, source patient, condition, spacing.
+    """Mask number i, its slice level and where it comes from: (S,S) or (depth,S,S) uint8, level, source patient, condition, spacing.
 
     groups: lists of masks, each used in turn: one, or with --per-patient (which sets --n) one for each patient.
     """
 
-    def __init__(self, args, size, box):
-        self.args, items = args, []
+    def __init__(self, args, size, box, depth=None):
+        self.args, items, grid = args, [], (depth, size, size) if depth else (size, size)
         if args.data:
-            data = load_slices(args.data, size, ('bravo',), box, args.split, args.cache)
+            data = load_slices(args.data, size, ('bravo',), box, args.split, args.cache, depth=depth)
             rows = data.rows(args.part, args.empty_slices, args.seed)
             rows = rows[torch.randperm(len(rows), generator=generator(args.seed, 'order')).numpy()]
             items = [(data.masks[r, 0], data.table[r]['level'], data.table[r]['source'] or data.table[r]['patient'],
@@ -320,9 +321,9 @@ class Masks:
         elif args.masks:
             for p in find_patients([args.masks], ('seg',)):
                 volume, spacing = read_nifti(p['files']['seg'])
-                for z, m in enumerate(volume > 0):
-                    pixel = [n * s / size for n, s in zip(m.shape, spacing[1:])]
-                    m = m.astype(np.uint8) if m.shape == (size, size) else shrink_mask(m, size, 1.0, 0)[0]
+                for z, m in enumerate([volume > 0] if depth else volume > 0):
+                    pixel = [n * s / g for n, s, g in zip(m.shape, spacing[-m.ndim:], grid)]
+                    m = m.astype(np.uint8) if m.shape == grid else shrink_mask(m, grid if depth else size, 1.0, 0)[0]
                     items.append((m, None, p['source'] if p['synthetic'] else p['name'], f'{p["folder"].name}:{z}', pixel))
         if not items and not args.seg:
             fail(f'{args.masks or args.part + " part of " + " ".join(args.data)}: holds no mask to use')
@@ -544,15 +545,15 @@ def plot_steps(path, traces, args, guidance):
 
 
 def write_item(out, folder, image, mask, spacing, steps):
-    """One patient to disk: image (S,S) or None, mask (S,S), steps of --save-at as lists of t, x_t, x0_hat."""
-    zoom = max(1, 128 // mask.shape[-1])
-    show = mask * 2 - 1 if image is None else image
-    files = {'preview.png': grid_png([[show, outline(show, mask, zoom=zoom)]], zoom=zoom)}
+    """One patient to disk: image (S,S) or (D,S,S) or None, mask like it, steps of --save-at as lists of t, x_t, x0_hat."""
+    zoom, (flat,) = max(1, 128 // mask.shape[-1]), views(mask[None], mask[None])
+    show = flat * 2 - 1 if image is None else views(image[None], mask[None])[0]
+    files = {'preview.png': grid_png([[show, outline(show, flat, zoom=zoom)]], zoom=zoom)}
     if steps:
         t, x_t, x_0 = zip(*steps)
         buffer = io.BytesIO()
         np.savez_compressed(buffer, t=np.float32(t), x_t=np.float32(x_t), x0_hat=np.float32(x_0))
-        files |= {'trajectory.npz': buffer.getvalue(), 'trajectory.png': grid_png([x_t, x_0], ['x_t', 'x0_hat'], zoom)}
+        files |= {'trajectory.npz': buffer.getvalue(), 'trajectory.png': grid_png([views(np.stack(v), [mask] * len(t)) for v in (x_t, x_0)], ['x_t', 'x0_hat'], zoom)}
     write_patient(out / folder, {} if image is None else {'bravo': image}, mask, spacing, files)
 
 
@@ -574,6 +575,11 @@ def main(args):
         fail(f'--lora-scale {args.lora_scale:g}: {main_run.path} is no run of draft.py')
     if len(runs) == 2 and runs['seg'].args.size != main_run.args.size:
         fail(f'--seg draws {runs["seg"].args.size} pixels, --bravo {main_run.args.size}; train both at one --size')
+    if len(runs) == 2 and runs['seg'].args.volume != main_run.args.volume:
+        fail(f'--seg was trained with --volume {runs["seg"].args.volume}, --bravo with {main_run.args.volume}; train both with one')
+    slices = [f'--{k.replace("_", "-")}' for k in ('gate', 'reject_copies', 'pairs', 'learn_steps') if getattr(args, k)]
+    if main_run.args.volume and slices:
+        fail(f'{slices[0]}: is for slices, and {main_run.path} draws volumes; leave it away')
     if len(runs) == 2 and max(abs(a - b) for a, b in zip(runs['seg'].box, main_run.box)) > 0.02:
         print0(f'note: the mask model saw the brain box {runs["seg"].box}, the image model {main_run.box}; masks may not fit')
     requests = read_requests(args, runs['seg']) if args.seg else []
@@ -582,7 +588,7 @@ def main(args):
     if args.seg and not requests and runs['seg'].args.controllable and not runs['seg'].args.p_uncond:
         fail(f'--seg {runs["seg"].path}: was trained with --controllable and no --p-uncond, so it must be told what to draw; give --count or --requests')
     judge = Judge(args, main_run, device)
-    masks = Masks(args, main_run.args.size, main_run.box)
+    masks = Masks(args, main_run.args.size, main_run.box, main_run.args.volume)
     name, ts, _ = solver(main_run, args, args.steps if args.bravo else args.seg_steps)
     if args.save_at:
         keep_steps(args.save_at, ts, [], None)                                         # fails now, not after the first batch
@@ -625,7 +631,7 @@ def main(args):
            + (f'; kept where p(bad) < {judge.threshold:.4g}' if judge.threshold < 2 else '') + (f'; a copy above {judge.cut:.4f}' if judge.cut < 2 else ''))
 
     def candidate(c, batch, mask, level, about):
-        """Candidate c of the round of each patient: a list of dicts of its number, image (S,S) or None, steps for --save-at, score, table row."""
+        """Candidate c of the round of each patient: a list of dicts of its number, image or None, steps for --save-at, score, table row."""
         numbers_, images, steps, trace = [r * N + c for _, r in batch], None, [], []
         if args.bravo:
             callback = keep_steps(args.save_at, ts, steps, main_run.process) if args.save_at else None
@@ -675,8 +681,10 @@ def main(args):
     rows, *rejected = made.close()
     if rank() == 0:
         first = [out / r['folder'] for r in rows[:16]]
-        m = [read_nifti(f / 'seg.nii.gz')[0][0] for f in first]
-        a = [read_nifti(f / 'bravo.nii.gz')[0][0] for f in first] if args.bravo else [x * 2.0 - 1 for x in m]
+        whole = lambda name: [v if main_run.args.volume else v[0] for v in (read_nifti(f / f'{name}.nii.gz')[0] for f in first)]
+        m = whole('seg')
+        a = views(np.stack(whole('bravo') if args.bravo else [x * 2.0 - 1 for x in m]), m)
+        m = views(np.stack(m), m)
         zoom = max(1, 128 // main_run.args.size)
         for file, pairs in (('grid.png', list(zip(a, m))), ('rejected.png', shown)):
             pairs = [(x, outline(x, y, zoom=zoom)) for x, y in pairs]

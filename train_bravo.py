@@ -70,7 +70,7 @@ def get_args(argv=None):
 # ---------------------------------------------------------------------------------------------------------------------
 ONLY_VAE = {'vae', 'latent_channels', 'kl', 'gan', 'gan_from'}
 WITH_VAE = ONLY_VAE | {
-    'data', 'split', 'size', 'volume', 'labels', 'empty_slices', 'speck', 'augment', 'cache', 'preset', 'channels', 'layers', 'norm_groups', 'iters', 'minutes',
+    'data', 'split', 'size', 'volume', 'crop', 'labels', 'empty_slices', 'speck', 'augment', 'cache', 'preset', 'channels', 'layers', 'norm_groups', 'iters', 'minutes',
     'batch_size', 'lr', 'warmup', 'lr_find', 'weight_decay', 'clip', 'ema_decay', 'out', 'seed', 'device', 'dtype', 'compile', 'save_every',
     'keep_every', 'sample_every', 'perceptual', 'perceptual_weights', 'lpips_weights', 'maisi_vae', 'splits'}
 
@@ -117,6 +117,9 @@ def finish_spaces(args, given):
              'or --target v or x0')
     if args.init_range:
         fail(f'--init-range: is of images; leave it away with {name}')
+    for k in ('crop', 'inflate'):
+        if getattr(args, k):
+            fail(f'{name} and --{k}: that is for volumes of voxels; leave one of them away')
     if args.latent and args.progressive:
         fail('--latent and --progressive: an autoencoder has one size; leave --progressive away')
     if args.latent:
@@ -341,7 +344,8 @@ def train_vae(args, state, data, rows, val, device):
     2022): beside a mean L1 and an undivided KL it would be too strong by the number of pixels. A GAN (hinge loss) joins at --gan-from, but not while
     the stages of multiscale learn alone.
     """
-    out, grid = Path(args.out), (*([args.volume] if args.volume else []), args.size, args.size)
+    whole = (*([args.volume] if args.volume else []), args.size, args.size)
+    out, grid = Path(args.out), (args.crop[0], args.crop[1], args.crop[1]) if args.crop else whole
     torch.manual_seed(seed_of(args.seed, 'weights') % 2 ** 32)
     net, factor = build_autoencoder(args)
     if args.maisi_vae and not state:
@@ -374,7 +378,8 @@ def train_vae(args, state, data, rows, val, device):
         u = torch.rand(B, 5, generator=generator(args.seed, 'step', step))[mine]
         noise = torch.randn(B, *shape, generator=generator(args.seed, 'noise', step, device=device), device=device)[mine]
         x = torch.tensor(data.images[picked])
-        x = (augment(x, torch.zeros_like(x), u)[0] if args.augment else x).to(device)
+        x = augment(x, torch.zeros_like(x), u)[0] if args.augment else x
+        x = (crop_volumes(x, x, args.crop, torch.rand(B, 4, generator=generator(args.seed, 'crop', step))[mine])[0] if args.crop else x).to(device)
         for k, s in enumerate(stages):
             s.requires_grad_(stage in (None, k))
         drawn = stage in (None, len(stages) - 1)                             # only the last latent is drawn and has a KL
@@ -643,7 +648,8 @@ def main(args):
         g = generator(args.seed, 'step', step)
         t, u = process.draw_t(B, g, curriculum.window, process.shift if args.maisi else size / sizes[0]), torch.rand(B, 5, generator=g)
         present = torch.rand(B, generator=g) >= args.p_uncond                # whose condition the network is told
-        noise = torch.randn(B, *space.shape(size), generator=generator(args.seed, 'noise', step, device=device), device=device)
+        noise = torch.randn(B, *([1, *args.crop, args.crop[1]] if args.crop else space.shape(size)),
+                            generator=generator(args.seed, 'noise', step, device=device), device=device)
         if pairs:
             noise, t = pairs.noise[picked].to(device), torch.ones(B) if args.distill else t
         for _, sparse in sparse_layers(net) if args.dense_tail else ():
@@ -654,6 +660,8 @@ def main(args):
             x_0, mask, extra = (v if v is None else v.to(device, non_blocking=True) for v in (pair_batch if pairs else batch)(picked[mine], size))
             if args.augment:
                 x_0, mask = augment(x_0, mask, u[mine])
+            if args.crop:                                                    # a third at tumours: the mask is a condition
+                x_0, mask, extra = crop_volumes(x_0, mask, args.crop, torch.rand(B, 4, generator=generator(args.seed, 'crop', step))[mine], 1 / 3)
             x_0, times = x_0 if pairs else to_x_0(x_0, picked[mine]), t[mine].to(device, non_blocking=True)
             given = mask_condition(mask, args.p_uncond, present[mine])
             last = k == args.accumulate - 1

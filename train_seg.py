@@ -92,7 +92,8 @@ def main(args):
         t, u = process.draw_t(B, g, curriculum.window, size / sizes[0]), torch.rand(B, 5, generator=g)
         present = torch.rand(B, generator=g) >= args.p_uncond                # whose condition the network is told
         hide = torch.rand(B, LESIONS, 2, generator=g) < 0.2                  # whose size and place it is not
-        noise = torch.randn(B, *process.space.shape(size), generator=generator(args.seed, 'noise', step, device=device), device=device)
+        noise = torch.randn(B, *([1, *args.crop, args.crop[1]] if args.crop else process.space.shape(size)),
+                            generator=generator(args.seed, 'noise', step, device=device), device=device)
         for _, sparse in sparse_layers(net) if args.dense_tail else ():
             sparse.dense.fill_(args.iters is not None and step >= (1 - args.dense_tail) * args.iters)
         total = torch.zeros((), device=device)
@@ -101,6 +102,8 @@ def main(args):
             x_0, extra = (v if v is None else v.to(device, non_blocking=True) for v in batch(picked[mine], size))
             if args.augment:
                 x_0 = augment(x_0, x_0 + 1, u[mine])[1] - 1                    # nearest, background outside
+            if args.crop:                                                    # anywhere: more lesions than there are would be learned
+                x_0, _, extra = crop_volumes(x_0, x_0, args.crop, torch.rand(B, 4, generator=generator(args.seed, 'crop', step))[mine])
             context = tokens(x_0, hide[mine], present[mine])
             tumour, x_0, times = (x_0 > 0).float(), process.to_range(x_0), t[mine].to(device, non_blocking=True)
             last = k == args.accumulate - 1
