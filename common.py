@@ -2555,6 +2555,7 @@ FREE = {'device', 'dtype', 'compile', 'checkpointing', 'dry_run', 'out', 'save_e
 def train_parser(doc, out):
     """The flags that train_seg.py and train_bravo.py share."""
     p = Parser(description=doc)
+    p.set_defaults(maisi=None)                               # which of MAISI's networks it is: train_bravo.py says
     g = p.add_argument_group('data')
     g.add_argument('--data', nargs='+', metavar='DIR', help='folders with one folder a patient; none: the built-in phantom')
     g.add_argument('--split', metavar='FILE', help='CSV patient,part instead of the split by name')

@@ -186,7 +186,6 @@ def read_maisi_unet(path):
 
 def prepare_maisi(args, given):
     """Before presets: what MAISI's files say is set, and may not be said otherwise."""
-    args.maisi = None
     for name in ('maisi_vae', 'maisi_unet'):
         if getattr(args, name) and not Path(getattr(args, name)).is_file():
             fail(f'--{name.replace("_", "-")} {getattr(args, name)}: no such file')
