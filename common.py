@@ -995,13 +995,15 @@ class Conv3d(nn.Conv3d):
         if self.splits == 1:
             return super().forward(x)
         size, stride, pad = self.kernel_size[0], self.stride[0], self.padding[0]
-        n, out = (x.shape[2] + 2 * pad - size) // stride + 1, []
+        n, out = (x.shape[2] + 2 * pad - size) // stride + 1, None
         for a, b in ((n * i // self.splits, n * (i + 1) // self.splits) for i in range(self.splits)):
             if a < b:
                 low, high = a * stride - pad, (b - 1) * stride - pad + size
                 part = F.pad(x[:, :, max(low, 0):high], (0, 0, 0, 0, max(-low, 0), max(high - x.shape[2], 0)))
-                out.append(F.conv3d(part, self.weight, self.bias, self.stride, (0, *self.padding[1:])))
-        return torch.cat(out, 2)
+                part = F.conv3d(part, self.weight, self.bias, self.stride, (0, *self.padding[1:]))
+                out = part.new_empty(*part.shape[:2], n, *part.shape[3:]) if out is None else out
+                out[:, :, a:b] = part                                           # joined at the end, all would be there twice
+        return out
 
 
 def zero_(layer):
@@ -1427,7 +1429,7 @@ def load_maisi_vae(state_dict):
 
 
 # The two published kinds of MAISI's diffusion U-Net (Guo 2024, arXiv 2409.11169; Zhao 2025, arXiv 2508.05772), as options of UNet. joined: ddpm
-# top and bottom region (one-hot of 4 each) and spacing; rflow spacing alone. Spacing is in units of 0.01 mm.
+# top and bottom region (100 at one of head, chest, abdomen, pelvis) and spacing in 0.01 mm; rflow spacing alone.
 MAISI = dict(ddpm=dict(classes=0, joined=(4, 4, 3), updown=False, project=False), rflow=dict(classes=128, joined=(3,), updown=True, project=True))
 
 
@@ -1453,7 +1455,7 @@ def load_maisi_unet(state_dict):
 def maisi_extra(args, spacing):
     """`extra` of MAISI's U-Net for volumes of these spacings (B,3), mm as z, y, x: the class, or head as top and bottom region, and spacing."""
     spacing = 100 * torch.as_tensor(spacing, dtype=torch.float32).flip(-1)
-    told = [float(args.maisi_class)] if args.maisi == 'rflow' else [1.0, 0, 0, 0] * 2
+    told = [float(args.maisi_class)] if args.maisi == 'rflow' else [100.0, 0, 0, 0] * 2
     return torch.cat([torch.tensor([told]).expand(len(spacing), -1), spacing], 1)
 
 
@@ -2216,7 +2218,7 @@ def sample_euler(denoise, x, ts, process, noise=None, callback=None):
 
 def sample_maisi(denoise, x, ts, process, noise=None, callback=None):
     """Euler as MAISI's RFlowScheduler takes it: a step goes from t to the whole thousandth at or below the next time, while the network is then
-    told that time itself. The steps' sum exceeds 1 by up to 0.01 and images come out as much sharper or noisier: for published weights."""
+    told that time itself. The steps add up to as much as 1.01. For images as the published weights' own code makes them."""
     for i, (t, u) in enumerate(zip(ts[:-1].tolist(), ts[1:].tolist())):
         x_0, eps = denoise(x, t)
         if callback:

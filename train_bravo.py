@@ -166,7 +166,7 @@ def read_maisi_vae(path, state):
         about = dict(args=dict(vae='4', volume=True, maisi_vae=True, **shape), weights=weights, hash=weights_hash(weights))
         build_autoencoder(argparse.Namespace(**about['args']))[0].load_state_dict(weights)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as e:
-        fail(f'--maisi-vae {path}: is no autoencoder of MAISI, or a damaged one ({str(e)[:200]})')
+        fail(f'--maisi-vae {path}: is no autoencoder of MAISI ({type(e).__name__} {str(e)[:150]}); expected a bare state dict, as autoencoder_v1.pt is')
     return about
 
 
@@ -197,11 +197,11 @@ def prepare_maisi(args, given):
         fail(f'--maisi-class {args.maisi_class}: does nothing without --maisi-unet')
     fixed = {}
     if args.maisi_vae:
-        about, run = read_autoencoder(args.maisi_vae)
-        if run or args.latent or args.vae not in (None, '4'):
-            fail(f'--maisi-vae {args.maisi_vae}: ' + ('is a run of ours; give it to --latent' if run else 'is an autoencoder with a factor of 4; leave --latent away, and --vae, or say --vae 4'))
+        about = read_maisi_vae(args.maisi_vae, load_file(args.maisi_vae))
+        if args.latent or args.vae not in (None, '4'):
+            fail(f'--maisi-vae {args.maisi_vae}: is an autoencoder with a factor of 4; leave --latent away, and --vae, or say --vae 4')
         if args.vae:
-            fixed = {k: v for k, v in about['args'].items() if k in ('channels', 'layers', 'latent_channels', 'norm_groups')}
+            fixed = {k: about['args'][k] for k in ('channels', 'layers', 'latent_channels', 'norm_groups')}
         else:
             args.latent = args.maisi_vae
     if args.maisi_unet:
@@ -277,7 +277,7 @@ def make_space(args, state, data, rows, device):
     if not (args.wavelet or args.latent):
         return Space(depth=args.volume), None
     about, channels = theirs.get('space') or about, about['args']['latent_channels'] if args.latent else 8 if args.volume else 4
-    if args.maisi and 'scale' not in about:                                  # the factor that the network knows, never one measured anew
+    if args.maisi and not state:                                             # the factor that the network knows, never one measured anew
         about |= dict(shift=torch.zeros(channels), scale=torch.full((channels,), 1 / read_maisi_unet(args.maisi_unet)[3]))
     space = Space({'shift': torch.zeros(channels), 'scale': torch.ones(channels), **about}, args.volume).to(device)
     latents = encode_once(space, data, args.cache, device) if args.latent else None

@@ -100,7 +100,7 @@ def test_frame():
 def test_extra(kind):
     args = argparse.Namespace(maisi=kind, maisi_class=9)
     extra = maisi_extra(args, [[2.0, 1.1, 0.9], [1, 1, 1]])
-    head = [9.0] if kind == 'rflow' else [1.0, 0, 0, 0, 1, 0, 0, 0]
+    head = [9.0] if kind == 'rflow' else [100.0, 0, 0, 0, 100, 0, 0, 0]
     assert torch.allclose(extra, torch.tensor([[*head, 90, 110, 200], [*head, 100, 100, 100]]))
 
 
@@ -160,7 +160,7 @@ def test_start(kind, files, call, tmp_path):
     g = common.generator('start')
     x, mask, t, spacing = torch.randn(2, 4, 2, 4, 4, generator=g), torch.rand(2, 1, 8, 16, 16, generator=g).round(), 0.7, [[3, 2, 1.5], [1, 1, 1]]
     extra = maisi_extra(run.args, spacing)
-    assert extra[0, 0] == (30 if kind == 'rflow' else 1) and run.args.maisi == kind
+    assert extra[0, 0] == (30 if kind == 'rflow' else 100) and run.args.maisi == kind
     x_0, eps = make_denoise(run.net, run.process, mask, None, extra)(x, t)
     with torch.no_grad():
         told = turn_back(theirs(turn(x), torch.full((2,), 1000 * t if kind == 'rflow' else 699.0) / 1000, extra=extra))
