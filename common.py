@@ -932,7 +932,7 @@ class Attention(nn.Module):
     brought to a root mean square of one in each head, times a learned scale, so that no logit can grow without end (Esser 2024).
     """
 
-    def __init__(self, channels, head_channels, context_dim=None, bias=True, qk_norm=False, fused=False):
+    def __init__(self, channels, head_channels, context_dim=None, bias=True, qk_norm=False, fused=False, project=True):
         super().__init__()
         if channels % head_channels:
             fail(f'--head-channels {head_channels}: does not divide the {channels} channels of an attention level')
@@ -941,7 +941,7 @@ class Attention(nn.Module):
             self.qkv = nn.Linear(channels, 3 * channels, bias)
         else:
             self.q, self.kv = nn.Linear(channels, channels, bias), nn.Linear(context_dim, 2 * channels, bias)
-        self.out = nn.Linear(channels, channels)
+        self.out = nn.Linear(channels, channels) if project else nn.Identity()
         self.norm_q, self.norm_k = (RMSNorm(head_channels, eps=1e-6) if qk_norm else nn.Identity() for _ in range(2))
 
     def project(self, x, context=None):
@@ -961,10 +961,10 @@ class Attention(nn.Module):
 class SpatialAttention(nn.Module):
     """x + attention(norm(x)) over the positions of a feature map (MONAI's SpatialAttentionBlock)."""
 
-    def __init__(self, channels, head_channels, groups, conv):
+    def __init__(self, channels, head_channels, groups, conv, project=True):
         super().__init__()
         self.norm = GroupNorm(groups, channels, eps=1e-6)
-        self.attn = Attention(channels, head_channels)
+        self.attn = Attention(channels, head_channels, project=project)
 
     def forward(self, x, context=None):
         tokens = self.norm(x).flatten(2).transpose(1, 2)                                       # (B, N, C)
@@ -998,6 +998,27 @@ def run_block(net, block, *inputs):
     return checkpoint(block, *inputs, use_reentrant=False) if net.checkpointing and net.training else block(*inputs)
 
 
+class Conv3d(nn.Conv3d):
+    """nn.Conv3d, with splits > 1 computed in so many slabs along the first spatial axis, each with the rows next to it that its edge needs: the
+    same result with less memory beside input and output (MAISI's num_splits). Of the autoencoders, all of which share the number."""
+
+    splits = 1
+
+    def forward(self, x):
+        if self.splits == 1:
+            return super().forward(x)
+        size, stride, pad = self.kernel_size[0], self.stride[0], self.padding[0]
+        n, out = (x.shape[2] + 2 * pad - size) // stride + 1, None
+        for a, b in ((n * i // self.splits, n * (i + 1) // self.splits) for i in range(self.splits)):
+            if a < b:
+                low, high = a * stride - pad, (b - 1) * stride - pad + size
+                part = F.pad(x[:, :, max(low, 0):high], (0, 0, 0, 0, max(-low, 0), max(high - x.shape[2], 0)))
+                part = F.conv3d(part, self.weight, self.bias, self.stride, (0, *self.padding[1:]))
+                out = part.new_empty(*part.shape[:2], n, *part.shape[3:]) if out is None else out
+                out[:, :, a:b] = part                                           # joined at the end, all would be there twice
+        return out
+
+
 def zero_(layer):
     for p in layer.parameters():
         nn.init.zeros_(p)
@@ -1005,17 +1026,25 @@ def zero_(layer):
 
 
 class ResBlock(nn.Module):
-    """GroupNorm, SiLU, conv, + time embedding (embed > 0), GroupNorm, SiLU, conv (zero at the start), + shortcut."""
+    """GroupNorm, SiLU, conv, + time embedding (embed > 0), GroupNorm, SiLU, conv (zero at the start), + shortcut.
 
-    def __init__(self, in_channels, out_channels, embed, groups, conv):
+    resample: 'down' (means of 2 an axis) or 'up' (nearest), of what the first convolution and the shortcut see (MAISI).
+    """
+
+    def __init__(self, in_channels, out_channels, embed, groups, conv, resample=None):
         super().__init__()
+        self.resample = resample
         self.norm1, self.conv1 = GroupNorm(groups(in_channels), in_channels, eps=1e-6), conv(in_channels, out_channels)
         self.time = nn.Linear(embed, out_channels) if embed else None
         self.norm2, self.conv2 = GroupNorm(groups(out_channels), out_channels, eps=1e-6), zero_(conv(out_channels, out_channels))
         self.skip = nn.Identity() if in_channels == out_channels else conv(in_channels, out_channels, 1)
 
     def forward(self, x, emb=None):
-        h = self.conv1(F.silu(self.norm1(x)))
+        h = F.silu(self.norm1(x))
+        if self.resample:
+            half = lambda v: (F.avg_pool2d, F.avg_pool3d)[v.ndim - 4](v, 2)
+            x, h = (half(v) if self.resample == 'down' else F.interpolate(v, scale_factor=2.0) for v in (x, h))
+        h = self.conv1(h)
         if self.time:
             h += self.time(emb)[(...,) + (None,) * (x.ndim - 2)]             # in place: no gradient needs a convolution's result
         h = self.conv2(F.silu(self.norm2(h)))
@@ -1101,7 +1130,7 @@ class Down(nn.Module):
 
     def __init__(self, in_channels, out_channels, stride, shortcut=False):
         super().__init__()
-        self.conv = (nn.Conv2d, nn.Conv3d)[len(stride) - 2](in_channels, out_channels, 3, stride)
+        self.conv = (nn.Conv2d, Conv3d)[len(stride) - 2](in_channels, out_channels, 3, stride)
         self.stride, self.shortcut = stride, shortcut
         self.pad = [p for s in reversed(stride) for p in ((0, 1) if s == 2 else (1, 1))]
 
@@ -1118,7 +1147,7 @@ class Up(Upsample):
     """Upsampling by 1 or 2 an axis: nearest, or linear with `smooth` (MAISI), then a 3-wide convolution. shortcut: the inverse of Down's."""
 
     def __init__(self, in_channels, out_channels, stride, smooth=False, shortcut=False):
-        super().__init__(in_channels, lambda i, o: (nn.Conv2d, nn.Conv3d)[len(stride) - 2](i, out_channels, 3, padding=1))
+        super().__init__(in_channels, lambda i, o: (nn.Conv2d, Conv3d)[len(stride) - 2](i, out_channels, 3, padding=1))
         self.stride, self.smooth, self.shortcut = stride, smooth, shortcut
 
     def forward(self, x):
@@ -1145,7 +1174,7 @@ class Autoencoder(nn.Module):
                  smooth=False, shortcut=False):
         super().__init__()
         strides = strides or [(2,) * dims] * (len(channels) - 1)
-        Conv = nn.Conv2d if dims == 2 else nn.Conv3d
+        Conv = nn.Conv2d if dims == 2 else Conv3d
         conv = lambda i, o, k=3: Conv(i, o, k, padding=k // 2)
         groups = lambda c: math.gcd(c, norm_groups)
         norm = lambda c: GroupNorm(groups(c), c, eps=1e-6)
@@ -1180,6 +1209,28 @@ class Autoencoder(nn.Module):
         """Reconstruction, mean, log-variance. noise: standard normal like the latent, none: decodes the mean."""
         mean, log_var = self.encode(x)
         return self.decode(mean if noise is None else mean + (log_var / 2).exp() * noise), mean, log_var
+
+
+def turn(v):
+    """Volumes (B,C,z,y,x), front up and image left = patient right, as MAISI knows them: (B,C,x,y,z) towards right, front and top."""
+    return v.flip(-2, -1).transpose(2, 4)
+
+
+def turn_back(v):
+    return v.transpose(2, 4).flip(-2, -1)
+
+
+class MaisiVAE(Autoencoder):
+    """MAISI's autoencoder for volumes as they are here: it knows them turned and in [0, 1]. Latents are turned back as well."""
+
+    def __init__(self, latent=4, channels=(64, 128, 256), layers=2, norm_groups=32):
+        super().__init__(1, latent, channels, layers, None, 3, norm_groups, smooth=True)
+
+    def encode(self, x):
+        return tuple(turn_back(v) for v in super().encode(turn(x) / 2 + 0.5))
+
+    def decode(self, z):
+        return 2 * turn_back(super().decode(turn(z))) - 1
 
 
 class MultiScale(nn.Module):
@@ -1220,6 +1271,8 @@ def build_autoencoder(args):
     dims, channels = 3 if getattr(args, 'volume', None) else 2, tuple(args.channels)
     strides = [s[:1] * (dims - 2) + s for s in VAES[args.vae]]
     factor = tuple(math.prod(s) for s in zip(*strides))
+    if getattr(args, 'maisi_vae', None):
+        return MaisiVAE(args.latent_channels, channels, args.layers, args.norm_groups), factor
     if args.vae == 'multiscale':
         return MultiScale(1, args.latent_channels, channels, args.layers, dims, args.norm_groups), factor
     return Autoencoder(1, args.latent_channels, channels, args.layers, strides, dims, args.norm_groups), factor
@@ -1251,31 +1304,37 @@ class UNet(nn.Module):
     extra_dim: length of the vector `extra`, joined to the time embedding through a layer that starts at zero.
     norm_groups: of every GroupNorm. A width of 32 with MONAI's 32 groups leaves one channel a group: the norm then takes
     away the time embedding, a constant of each channel, and the level is blind to t. Narrow networks need fewer groups.
+    classes, joined, updown, project: MAISI's (see there). `extra` is then the class (if there are classes), whose embedding is added to
+    that of time, and vectors of the lengths `joined`, whose embeddings are set beside it; updown: residual blocks that resample
+    instead of convolutions; project: attention ends with a linear layer; turned: x comes as volumes lie here, MAISI knows them turned.
     placed: trained on crops of volumes (--crop), so that `extra` says where x lies and becomes three more channels.
     """
 
     def __init__(self, in_channels, out_channels, channels=(128, 256, 256), attention=(0, 1, 1), layers=1,
-                 head_channels=256, context_dim=None, dims=2, extra_dim=0, norm_groups=32, placed=False):
+                 head_channels=256, context_dim=None, dims=2, extra_dim=0, norm_groups=32, placed=False, classes=0, joined=(), updown=False,
+                 project=True, turned=False):
         super().__init__()
         if len(attention) != len(channels):
             fail(f'--attention has {len(attention)} levels, --channels {len(channels)}; give one 0 or 1 for each level')
-        self.checkpointing = False                                          # see run_block
+        self.checkpointing, self.turned = False, turned                     # see run_block
         self.in_channels, self.dims, self.scale, self.width, self.context_dim = in_channels, dims, 2 ** (len(channels) - 1), channels[0], context_dim
         Conv = nn.Conv2d if dims == 2 else nn.Conv3d
         conv = lambda i, o, k=3, stride=1: Conv(i, o, k, stride, k // 2)
         groups = lambda c: math.gcd(c, norm_groups)
         embed = 4 * channels[0]
-        res = lambda i, o: ResBlock(i, o, embed, groups, conv)
+        mlp = lambda n: nn.Sequential(nn.Linear(n, embed), nn.SiLU(), nn.Linear(embed, embed))
+        res = lambda i, o, resample=None: ResBlock(i, o, (1 + len(joined)) * embed, groups, conv, resample)
 
         def attend(level):
             c = channels[level]
             if context_dim:
                 return SpatialTransformer(c, min(head_channels, c), groups(c), conv, context_dim)
-            return SpatialAttention(c, min(head_channels, c), groups(c), conv)
+            return SpatialAttention(c, min(head_channels, c), groups(c), conv, project)
 
         self.placed, self.conv_in = placed, conv(in_channels + 3 * placed, channels[0])
-        self.time_embed = nn.Sequential(nn.Linear(channels[0], embed), nn.SiLU(), nn.Linear(embed, embed))
+        self.time_embed = mlp(channels[0])
         self.extra_embed = nn.Sequential(nn.Linear(extra_dim, embed), nn.SiLU(), zero_(nn.Linear(embed, embed))) if extra_dim else None
+        self.class_embed, self.joined = nn.Embedding(classes, embed) if classes else None, nn.ModuleList(mlp(n) for n in joined)
         self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
         c, skips, last = channels[0], [channels[0]], len(channels) - 1
         for level, o in enumerate(channels):
@@ -1287,7 +1346,7 @@ class UNet(nn.Module):
                 c = o
                 skips.append(c)
             if level < last:
-                block['resample'] = conv(c, c, 3, 2)
+                block['resample'] = res(c, c, 'down') if updown else conv(c, c, 3, 2)
                 skips.append(c)
             self.down_blocks.append(block)
         self.middle_block = nn.ModuleDict(dict(resnet_1=res(c, c), attention=attend(last), resnet_2=res(c, c)))
@@ -1299,7 +1358,7 @@ class UNet(nn.Module):
                     block.attentions.append(attend(level))
                 c = o
             if level > 0:
-                block['resample'] = Upsample(c, conv)
+                block['resample'] = res(c, c, 'up') if updown else Upsample(c, conv)
             self.up_blocks.append(block)
         self.out = nn.Sequential(GroupNorm(groups(c), c, eps=1e-6), nn.SiLU(), zero_(conv(c, out_channels)))
 
@@ -1310,6 +1369,10 @@ class UNet(nn.Module):
         emb = self.time_embed(time_embedding(1000 * t.float(), self.width).to(self.conv_in.weight.dtype))
         if self.extra_embed is not None:
             emb = emb + self.extra_embed(extra)
+        if self.class_embed is not None:
+            emb, extra = emb + self.class_embed(extra[:, 0].long()), extra[:, 1:]
+        if len(self.joined):
+            emb = torch.cat([emb, *(layer(v) for layer, v in zip(self.joined, extra.split([m[0].in_features for m in self.joined], 1)))], 1)
         x, emb = torch.cat([x, coordinates(x, extra)], 1) if self.placed else x, F.silu(emb)
         run = lambda layer, *inputs: run_block(self, layer, *inputs)
 
@@ -1321,12 +1384,12 @@ class UNet(nn.Module):
                 if keep is not None:
                     keep.append(h)
             if 'resample' in block:
-                h = block['resample'](h)
+                h = run(block['resample'], h, emb) if isinstance(block['resample'], ResBlock) else block['resample'](h)
                 if keep is not None:
                     keep.append(h)
             return h
 
-        h = self.conv_in(x)
+        h = self.conv_in(turn(x) if self.turned else x)
         skips = [h]
         for block in self.down_blocks:
             h = level(block, h, keep=skips)
@@ -1334,7 +1397,7 @@ class UNet(nn.Module):
         h = run(mid.resnet_2, run(mid.attention, run(mid.resnet_1, h, emb), context), emb)
         for block in self.up_blocks:
             h = level(block, h, skips)
-        return self.out(h)
+        return turn_back(self.out(h)) if self.turned else self.out(h)
 
 
 def load_monai(state_dict):
@@ -1376,6 +1439,37 @@ def load_maisi_vae(state_dict):
             key = key.replace(old, new)
         out[key] = value
     return out
+
+
+# The two published kinds of MAISI's diffusion U-Net (Guo 2024, arXiv 2409.11169; Zhao 2025, arXiv 2508.05772), as options of UNet. joined: ddpm
+# top and bottom region (100 at one of head, chest, abdomen, pelvis) and spacing in 0.01 mm; rflow spacing alone.
+MAISI = dict(ddpm=dict(classes=0, joined=(4, 4, 3), updown=False, project=False), rflow=dict(classes=128, joined=(3,), updown=True, project=True))
+
+
+def load_maisi_unet(state_dict):
+    """A state dict of MAISI's DiffusionModelUNetMaisi under UNet's names, the kind ('ddpm' or 'rflow') and the shape that it has, as UNet's
+    arguments. Groups of 32 and heads of 32 channels are as published: a file does not say. Raises KeyError where it is none."""
+    kind = 'rflow' if 'class_embedding.weight' in state_dict else 'ddpm'
+    layers = [n for n in ('top_region_index', 'bottom_region_index', 'spacing') if kind == 'ddpm' or n == 'spacing']
+    flat = {}
+    for key, value in state_dict.items():
+        if kind == 'ddpm' and '.out_proj.' in key:                              # published with the weights, used by no layer
+            continue
+        for i, name in enumerate(layers):
+            key = key.replace(f'{name}_layer.', f'joined.{i}.')
+        flat[re.sub(r'(up|down)sampler\.(?=norm|conv\d|time)', 'resample.', key).replace('class_embedding', 'class_embed')] = value
+    weights, levels = load_monai(flat), range(len({k.split('.')[1] for k in flat if k.startswith('down_blocks.')}))
+    return weights, kind, dict(
+        in_channels=weights['conv_in.weight'].shape[1], out_channels=len(weights['out.2.weight']), layers=sum(k.startswith('down_blocks.0.resnets.') and
+        k.endswith('norm1.weight') for k in weights), channels=tuple(len(weights[f'down_blocks.{i}.resnets.0.norm2.weight']) for i in levels),
+        attention=tuple(int(f'down_blocks.{i}.attentions.0.norm.weight' in weights) for i in levels), head_channels=32, norm_groups=32)
+
+
+def maisi_extra(args, spacing):
+    """`extra` of MAISI's U-Net for volumes of these spacings (B,3), mm as z, y, x: the class, or head as top and bottom region, and spacing."""
+    spacing = 100 * torch.as_tensor(spacing, dtype=torch.float32).flip(-1)
+    told = [float(args.maisi_class)] if args.maisi == 'rflow' else [100.0, 0, 0, 0] * 2
+    return torch.cat([torch.tensor([told]).expand(len(spacing), -1), spacing], 1)
 
 
 # -- networks of tokens: a patch is a token. DiT, Mamba in its place, MMDiT ---------------------------------------------
@@ -1679,7 +1773,7 @@ def build_net(args, in_channels, out_channels, extra_dim=0):
     sizes = dict(patch=args.patch, width=args.width, depth=args.depth, heads=args.heads, dims=dims)
     if args.model == 'unet':
         net = UNet(in_channels, out_channels, tuple(args.channels), tuple(args.attention), args.layers, args.head_channels, context_dim,
-                   dims, extra_dim, args.norm_groups, bool(args.crop))
+                   dims, extra_dim, args.norm_groups, bool(args.crop), **MAISI.get(args.maisi, {}), turned=bool(args.maisi))
     elif args.model == 'mmdit':
         net = MMDiT(in_channels, out_channels, **sizes, context_dim=context_dim, extra_dim=extra_dim, present=args.p_uncond > 0 and not args.controllable)
     else:
@@ -1880,6 +1974,7 @@ class Process:
 
         grid: time (equal steps of t) | log-snr (equal steps of log-SNR from near 1 to the first trained time, then 0).
         shift A: t -> A t / (1 + (A - 1) t) (Esser 2024, eq. 23); A < 1 takes large steps early and small ones at the end.
+        maisi: equal steps of t, shifted, 1000 t rounded to half precision: the times of MAISI's scheduler, for sample_maisi.
         """
         if self.steps and n > self.steps:
             fail(f'--steps {n}: this run was trained on a grid of {self.steps} times; use at most {self.steps}')
@@ -1889,6 +1984,8 @@ class Process:
             ts[:-1] = self.time_of(torch.linspace(float(ends[0]), float(ends[1]), n, dtype=torch.float64))
             ts[0] = 1
         ts = shift * ts / (1 + (shift - 1) * ts)
+        if grid == 'maisi':
+            return ((1000 * ts).half().double() / 1000).float()
         if not self.steps:
             return ts.float()
         k = torch.round(ts * self.steps).long().tolist()
@@ -1938,6 +2035,8 @@ class DDPM(Process):
         k = torch.arange(steps, dtype=torch.float64)
         if schedule == 'linear':
             beta = torch.linspace(1e-4, 2e-2, steps, dtype=torch.float64) * 1000 / steps
+        elif schedule == 'maisi':                               # linear in its root (Rombach 2022)
+            beta = torch.linspace(0.0015 ** 0.5, 0.0195 ** 0.5, steps, dtype=torch.float64) ** 2
         else:
             f = lambda u: torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
             beta = 1 - f((k + 1) / steps) / f(k / steps)
@@ -2032,6 +2131,8 @@ def build_process(args):
         process.centre, process.width, process.mix = args.schedule_centre, args.schedule_width, args.uniform_mix
     if args.progressive:
         process.shift = args.progressive[-1] / args.progressive[0]
+    if args.maisi == 'rflow':                                   # by the side of a cube of so many latents, in units of 32
+        process.shift = (args.volume * args.size ** 2 / 4 ** 3) ** (1 / 3) / 32
     return process
 
 
@@ -2127,6 +2228,17 @@ def sample_ddpm(denoise, x, ts, process, noise=None, callback=None):
 def sample_euler(denoise, x, ts, process, noise=None, callback=None):
     """Euler on dx = x0_hat d(alpha) + eps_hat d(sigma). For RFlow x += (u - t) v; for DDPM it is DDIM. NFE = N."""
     return sample_ddim(denoise, x, ts, process, noise, callback)
+
+
+def sample_maisi(denoise, x, ts, process, noise=None, callback=None):
+    """Euler as MAISI's RFlowScheduler takes it: a step goes from t to the whole thousandth at or below the next time, while the network is then
+    told that time itself. The steps add up to as much as 1.01. For images as the published weights' own code makes them."""
+    for i, (t, u) in enumerate(zip(ts[:-1].tolist(), ts[1:].tolist())):
+        x_0, eps = denoise(x, t)
+        if callback:
+            callback(i, t, x, x_0)
+        x = x + (math.floor(1000 * u + 1e-4) / 1000 - t) * (eps - x_0)
+    return x
 
 
 def sample_heun(denoise, x, ts, process, noise=None, callback=None):
@@ -2250,7 +2362,7 @@ def sample_adaptive(denoise, x, ts, process, noise=None, callback=None, tol=0.01
     return x - low * k1
 
 
-SAMPLERS = {'ddpm': sample_ddpm, 'ddim': sample_ddim, 'euler': sample_euler, 'heun': sample_heun, 'dpm++': sample_dpmpp,
+SAMPLERS = {'ddpm': sample_ddpm, 'ddim': sample_ddim, 'euler': sample_euler, 'maisi': sample_maisi, 'heun': sample_heun, 'dpm++': sample_dpmpp,
             'dpm++2s': sample_dpmpp_2s, 'dpm++sde': sample_dpmpp_sde, 'adaptive': sample_adaptive}
 
 
@@ -2464,15 +2576,16 @@ PRESETS = {
 MODELS = {'unet': ('channels', 'attention', 'layers', 'head_channels', 'norm_groups'),      # and the flags that shape each
           **dict.fromkeys(('dit', 'mmdit', 'mamba'), ('model_size', 'patch', 'width', 'depth', 'heads'))}
 YOUNGER = dict(model='unet', patch=None, width=None, depth=None, heads=None, p_uncond=0.0, controllable=False, sparse24=False, checkpointing=False,
-               progressive=None, neighbours=0, volume=None, crop=None)                      # flags that older runs do not hold
+               progressive=None, neighbours=0, volume=None, crop=None, maisi=None, maisi_class=None)             # flags that older runs do not hold
 # May differ when a run goes on; everything else must be as it was.
 FREE = {'device', 'dtype', 'compile', 'checkpointing', 'dry_run', 'out', 'save_every', 'sample_every', 'keep_every', 'cache', 'data', 'minutes', 'lr_find',
-        'perceptual_weights', 'lpips_weights', 'init', 'inflate', 'split', 'bravo', 'reward'}
+        'perceptual_weights', 'lpips_weights', 'init', 'inflate', 'split', 'bravo', 'reward', 'splits', 'maisi_unet'}
 
 
 def train_parser(doc, out):
     """The flags that train_seg.py and train_bravo.py share."""
     p = Parser(description=doc)
+    p.set_defaults(maisi=None)                               # which of MAISI's networks it is: train_bravo.py says
     g = p.add_argument_group('data')
     g.add_argument('--data', nargs='+', metavar='DIR', help='folders with one folder a patient; none: the built-in phantom')
     g.add_argument('--split', metavar='FILE', help='CSV patient,part instead of the split by name')

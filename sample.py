@@ -75,6 +75,7 @@ def get_args(argv=None):
     g.add_argument('--out', default='runs/synthetic', metavar='DIR')
     g.add_argument('--cache', default='runs/cache', metavar='DIR', help='where decoded slices are kept, with --data')
     g.add_argument('--batch-size', type=number(int, 1), default=16)
+    g.add_argument('--splits', type=number(int, 1, 64), default=1, help='slabs in which an autoencoder decodes volumes, to save memory')
     g.add_argument('--seed', type=number(int, 0), default=0)
     g.add_argument('--device', choices=('auto', 'cpu', 'cuda'), default='auto')
     g.add_argument('--dtype', choices=('auto', 'bf16', 'fp32'), default='auto')
@@ -164,7 +165,9 @@ def solver(run, args, steps):
     name, steps, clip = default_solver(run.args, args.sampler, steps)
     if name == 'adaptive' and not run.args.rflow:
         fail(f'--sampler adaptive: is for RFlow; {run.path} is DDPM, use dpm++ or ddim')
-    ts = run.process.times(steps, args.grid, args.shift * run.process.shift)
+    if name == 'maisi' and run.args.maisi != 'rflow':
+        fail(f'--sampler maisi: repeats the rounding of MAISI\'s RFlow networks; {run.path} does not come from one, use euler')
+    ts = run.process.times(steps, 'maisi' if name == 'maisi' else args.grid, args.shift * run.process.shift)
     if args.steps_file and run.args.script == 'bravo':
         ts = read_steps(args, run)
     pixels = not run.process.space.about
@@ -330,16 +333,17 @@ def along(rho, noises):
     return e
 
 
-def draw(run, args, keys, what, steps, mask=None, level=None, callback=None, requests=None, trace=None, near=None):
+def draw(run, args, keys, what, steps, mask=None, level=None, callback=None, requests=None, trace=None, near=None, spacing=None):
     """x_0 (B,C,...) in the process's space and range for images of these keys: (i,) for image i, (i, j) for its candidate j > 0, a list of keys
     for a slice and all below it (along). Each has a generator of its own, so that its noise is the same bits whatever shares its batch.
-    trace: gets the steps of --sampler adaptive. near (B,K,S,S): the slices below, for a run of --neighbours; none: 0."""
+    trace: gets the steps of --sampler adaptive. near (B,K,S,S): the slices below, for a run of --neighbours; none: 0. spacing: of each
+    volume, mm, for networks that know it."""
     name, ts, clip = solver(run, args, steps)
     device, weight = next(run.net.parameters()).device, args.cfg if what == 'image' else args.seg_cfg
     sources = [[generator(args.seed, what, *k) for k in (key if isinstance(key, list) else [key])] for key in keys]
     fresh = lambda g: torch.randn(run.process.space.shape(run.args.size), generator=g)
     noise = lambda: torch.stack([along(args.rho, [fresh(g) for g in some]) for some in sources]).to(device)
-    extra = level[:, None].to(device) if run.args.slice_level else None
+    extra = maisi_extra(run.args, spacing).to(device) if run.args.maisi else level[:, None].to(device) if run.args.slice_level else None
     null = [None] * len(keys)
     context = lesion_tokens(requests or null).to(device) if run.args.controllable else None
     nothing = None
@@ -487,7 +491,7 @@ class Set:
         self.out, last = Path(args.out), list(runs.values())[-1]
         head = HEADER + (HARD if args.hard_cases else [])
         self.headers = {'manifest': head + JUDGED, 'rejected': REJECTED} if judge.on else {'manifest': head}
-        same = {k: v for k, v in plain(args).items() if k not in ('n', 'batch_size', 'device', 'compile', 'out', 'cache', 'max_draws', 'rate')}
+        same = {k: v for k, v in plain(args).items() if k not in ('n', 'batch_size', 'splits', 'device', 'compile', 'out', 'cache', 'max_draws', 'rate')}
         same.update({k: r.hash for k, r in runs.items()}, pixels=last.args.size, box=list(last.box), per_patient=bool(args.per_patient) or None,
                     gate=judge.detector and judge.detector.hash, hard=args.hard_cases and hashlib.sha256(Path(args.hard_cases).read_bytes()).hexdigest(),
                     asked=[[[None if math.isnan(v) else round(float(v), 6) for v in lesion] for lesion in r] for r in requests])
@@ -685,7 +689,7 @@ def bake_sparse(net, device, dtype):
 @torch.no_grad()
 def main(args):
     # models and masks
-    device, out = setup(args), Path(args.out)
+    device, out, Conv3d.splits = setup(args), Path(args.out), args.splits
     weights = {'seg': args.weights, 'bravo': args.weights if args.lora_scale is None else args.lora_scale}
     runs = {k: load_run(getattr(args, k), device, args.dtype, weights[k]) for k in ('seg', 'bravo') if getattr(args, k)}
     for kind, run in runs.items():
@@ -768,7 +772,7 @@ def main(args):
         if args.bravo:
             callback = keep_steps(args.save_at, ts, steps, main_run.process) if args.save_at else None
             keys = [(i, n) if n else (i,) for (i, _), n in zip(batch, numbers_)]
-            x_0 = draw(main_run, args, keys, 'image', args.steps, mask, level, callback, None, trace)
+            x_0 = draw(main_run, args, keys, 'image', args.steps, mask, level, callback, None, trace, [a[2] for a in about])
             images = main_run.process.from_range(x_0).clamp(-1, 1).cpu().numpy()[:, 0]
             steps = [(t, x[:, 0].numpy(), x_0[:, 0].numpy()) for t, x, x_0 in steps] + ([(0.0, images, images)] if 0 in (args.save_at or ()) else [])
             traces.extend([[torch.stack(v) for v in zip(*trace)]] if trace else [])

@@ -30,6 +30,11 @@ def get_args(argv=None):
     g = p.add_argument_group('space: where the process acts (none: on pixels)')
     g.add_argument('--wavelet', action='store_true', help='on Haar bands: 4 channels of half the side')
     g.add_argument('--latent', metavar='RUN', help='on latents: of this autoencoder (a run of --vae), or as this run on latents does')
+    g = p.add_argument_group('MAISI\'s published networks (with --volume)')
+    g.add_argument('--maisi-vae', metavar='FILE', help='autoencoder_v1.pt or v2: the space; with --vae 4, what that training starts from')
+    g.add_argument('--maisi-unet', metavar='FILE', help='diff_unet_3d_*.pt: start from it, with the scale factor that it holds; also with --latent RUN')
+    g.add_argument('--maisi-class', type=number(int, 0, 127), help='what that network calls these images (rflow); none: 9, MRI T1')
+    g.add_argument('--splits', type=number(int, 1, 64), default=1, help='slabs in which the autoencoder\'s 3D convolutions are computed, to save memory')
     g = p.add_argument_group('autoencoder')
     g.add_argument('--vae', choices=tuple(VAES), help='train an autoencoder and no image model: factor an axis; multiscale: 8, in three stages')
     g.add_argument('--latent-channels', type=number(int, 1, 256), default=4, help='of the (last) latent')
@@ -38,7 +43,7 @@ def get_args(argv=None):
     g.add_argument('--gan-from', type=number(float, 0, 1), default=0.5, help='share of the steps before the GAN joins')
     args = p.parse_args(argv)
     given = {k for k, v in vars(args).items() if v != p.get_default(k)}
-    args = finish_spaces(finish_args(prepare_vae(args, given)), given)
+    args = finish_spaces(finish_args(prepare_vae(prepare_maisi(args, given), given)), given)
     if args.neighbours and (args.wavelet or args.latent or args.reflow or args.model == 'mmdit'):
         fail(f'--neighbours {args.neighbours}: shows pixels of patients as channels; leave --wavelet, --latent, --reflow and --model mmdit away')
     if args.reflow and not (args.rflow and args.init):
@@ -71,7 +76,7 @@ ONLY_VAE = {'vae', 'latent_channels', 'kl', 'gan', 'gan_from'}
 WITH_VAE = ONLY_VAE | {
     'data', 'split', 'size', 'volume', 'crop', 'labels', 'empty_slices', 'speck', 'augment', 'cache', 'preset', 'channels', 'layers', 'norm_groups', 'iters', 'minutes',
     'batch_size', 'lr', 'warmup', 'lr_find', 'weight_decay', 'clip', 'ema_decay', 'out', 'seed', 'device', 'dtype', 'compile', 'save_every',
-    'keep_every', 'sample_every', 'perceptual', 'perceptual_weights', 'lpips_weights'}
+    'keep_every', 'sample_every', 'perceptual', 'perceptual_weights', 'lpips_weights', 'maisi_vae', 'splits'}
 
 
 def prepare_vae(args, given):
@@ -111,7 +116,7 @@ def finish_spaces(args, given):
     name, factor = '--wavelet' if args.wavelet else '--latent', (2,) * (3 if args.volume else 2)
     if args.wavelet and args.latent:
         fail('--wavelet and --latent are two spaces; give one')
-    if args.target == 'eps':
+    if args.target == 'eps' and args.maisi != 'ddpm':                        # which has no other, and a smaller sigma / alpha at t=1
         fail(f'{name}: near t=1 x0_hat = (x_t - sigma eps_hat) / alpha blows up, and here it cannot be clipped as in pixels; add --rflow, '
              'or --target v or x0')
     if args.init_range:
@@ -125,7 +130,7 @@ def finish_spaces(args, given):
         about, theirs = read_autoencoder(args.latent)
         factor = build_autoencoder(argparse.Namespace(**about['args']))[1]
         for k in ('size', 'volume'):
-            if theirs['args'].get(k) != getattr(args, k):
+            if theirs and theirs['args'].get(k) != getattr(args, k):
                 fail(f'--latent {args.latent}: was trained with --{k} {theirs["args"].get(k)}; this run has {getattr(args, k)}')
     levels = len(args.channels or (0,))
     step = 2 ** (levels - 1) if args.model == 'unet' else args.patch
@@ -138,16 +143,101 @@ def finish_spaces(args, given):
 
 
 def read_autoencoder(path):
-    """What a Space stores of the autoencoder in a run (shift and scale only where the run acts on latents itself), and the run's state."""
+    """What a Space stores of the autoencoder in a run (shift and scale only where the run acts on latents itself), and the run's state.
+    Of a file of MAISI's autoencoder the same, and None."""
     state = load_checkpoint(path)
+    if isinstance(state, dict) and 'encoder.blocks.0.conv.conv.weight' in state:
+        return read_maisi_vae(path, state), None
     if not isinstance(state, dict) or not {'args', 'ema', 'box'} <= state.keys():
         fail(f'--latent {path}: is not a run of train_bravo.py')
     if 'weights' in (state.get('space') or {}):
         return state['space'], state
     if not state['args'].get('vae'):
         fail(f'--latent {path}: holds no autoencoder; give a run of train_bravo.py --vae')
-    args = {k: state['args'].get(k) for k in ('vae', 'channels', 'layers', 'latent_channels', 'norm_groups', 'volume')}
+    args = {k: state['args'].get(k) for k in ('vae', 'channels', 'layers', 'latent_channels', 'norm_groups', 'volume', 'maisi_vae')}
     return dict(args=args, weights=state['ema'], hash=weights_hash(state['ema'])), state
+
+
+def read_maisi_vae(path, state):
+    """What a Space stores of MAISI's autoencoder, its shape told by its weights."""
+    try:
+        weights = load_maisi_vae(state)
+        downs = sorted(int(k.split('.')[1]) for k in weights if re.fullmatch(r'encoder\.\d+\.conv\.weight', k))
+        shape = dict(channels=[len(weights[f'encoder.{i - 1}.norm2.weight']) for i in (*downs, 2 * downs[-1] - downs[-2])], layers=downs[0] - 1,
+                     latent_channels=len(weights['mean.weight']), norm_groups=32)
+        if weights['encoder.0.weight'].shape[1] != 1 or len(downs) != 2:
+            fail(f'--maisi-vae {path}: has {weights["encoder.0.weight"].shape[1]} input channels and {len(downs) + 1} levels; the autoencoder of images has 1 and 3')
+        about = dict(args=dict(vae='4', volume=True, maisi_vae=True, **shape), weights=weights, hash=weights_hash(weights))
+        build_autoencoder(argparse.Namespace(**about['args']))[0].load_state_dict(weights)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as e:
+        fail(f'--maisi-vae {path}: is no autoencoder of MAISI ({type(e).__name__} {str(e)[:150]}); expected a bare state dict, as autoencoder_v1.pt is')
+    return about
+
+
+def read_maisi_unet(path):
+    """Of a file of MAISI's diffusion U-Net: weights under our names, kind, UNet's arguments, scale factor. The original predicts x_0 - eps where
+    it is rflow: its last layer is turned round."""
+    state = load_file(path)
+    try:
+        weights, kind, shape = load_maisi_unet({k.removeprefix('module.'): v for k, v in state['unet_state_dict'].items()})
+        scale = float(state['scale_factor'])
+        if kind == 'rflow':
+            weights |= {k: -weights[k] for k in ('out.2.weight', 'out.2.bias')}
+        return weights, kind, shape, scale
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
+        fail(f'--maisi-unet {path}: is no diffusion U-Net of MAISI ({type(e).__name__} {e}); expected a dict with unet_state_dict and scale_factor, as diff_unet_3d_*.pt is')
+
+
+def prepare_maisi(args, given):
+    """Before presets: what MAISI's files say is set, and may not be said otherwise."""
+    for name in ('maisi_vae', 'maisi_unet'):
+        if getattr(args, name) and not Path(getattr(args, name)).is_file():
+            fail(f'--{name.replace("_", "-")} {getattr(args, name)}: no such file')
+        if getattr(args, name) and not args.volume:
+            fail(f'--{name.replace("_", "-")}: is for volumes; add --volume D')
+    if args.splits > 1 and not (args.volume and (args.vae or args.latent or args.maisi_vae)):
+        fail(f'--splits {args.splits}: is for the autoencoder of volumes; add --volume, and --vae, --latent or --maisi-vae')
+    if args.maisi_class is not None and not args.maisi_unet:
+        fail(f'--maisi-class {args.maisi_class}: does nothing without --maisi-unet')
+    fixed = {}
+    if args.maisi_vae:
+        about = read_maisi_vae(args.maisi_vae, load_file(args.maisi_vae))
+        if args.latent or args.vae not in (None, '4'):
+            fail(f'--maisi-vae {args.maisi_vae}: is an autoencoder with a factor of 4; leave --latent away, and --vae, or say --vae 4')
+        if args.vae:
+            fixed = {k: about['args'][k] for k in ('channels', 'layers', 'latent_channels', 'norm_groups')}
+        else:
+            args.latent = args.maisi_vae
+    if args.maisi_unet:
+        if args.vae or args.init or not args.latent:
+            fail('--maisi-unet: starts a model on latents; add --maisi-vae FILE or --latent RUN, and leave --vae and --init away')
+        _, args.maisi, fixed, _ = read_maisi_unet(args.maisi_unet)
+        if args.rflow != (args.maisi == 'rflow'):
+            fail(f'--maisi-unet {args.maisi_unet}: is the {args.maisi} version; {"add" if args.maisi == "rflow" else "leave away"} --rflow')
+        fixed = {k: v for k, v in fixed.items() if k not in ('in_channels', 'out_channels')}
+        if args.maisi == 'rflow':
+            args.maisi_class = 9 if args.maisi_class is None else args.maisi_class
+        else:
+            fixed |= dict(schedule='maisi', target='eps', steps=1000)
+    wrong = sorted(given & {*fixed, *(('model', 'curriculum') if args.maisi_unet else ())})
+    if wrong:
+        fail(f'--{wrong[0].replace("_", "-")}: follows from MAISI\'s file; leave it away')
+    for name, value in fixed.items():
+        setattr(args, name, tuple(value) if isinstance(value, list) else value)
+        given.add(name)
+    return args
+
+
+def load_maisi(net, args):
+    """Starts net from --maisi-unet. The channels of the mask are new columns of zeros: the network starts as what it was."""
+    weights = read_maisi_unet(args.maisi_unet)[0]
+    first = weights['conv_in.weight']
+    weights['conv_in.weight'] = F.pad(first, (0, 0) * 3 + (0, net.in_channels - first.shape[1]))
+    try:
+        net.load_state_dict(weights)
+    except RuntimeError as e:
+        fail(f'--maisi-unet {args.maisi_unet}: does not fit ({str(e)[:200]}); are autoencoder and network of one release?')
+    print0(f'MAISI: {len(weights)} tensors from {args.maisi_unet}, {args.maisi} version')
 
 
 @torch.no_grad()
@@ -191,6 +281,8 @@ def make_space(args, state, data, rows, device):
     if not (args.wavelet or args.latent):
         return Space(depth=args.volume), None
     about, channels = theirs.get('space') or about, about['args']['latent_channels'] if args.latent else 8 if args.volume else 4
+    if args.maisi and not state:                                             # the factor that the network knows, never one measured anew
+        about |= dict(shift=torch.zeros(channels), scale=torch.full((channels,), 1 / read_maisi_unet(args.maisi_unet)[3]))
     space = Space({'shift': torch.zeros(channels), 'scale': torch.ones(channels), **about}, args.volume).to(device)
     latents = encode_once(space, data, args.cache, device) if args.latent else None
     if 'scale' not in about:
@@ -259,6 +351,8 @@ def train_vae(args, state, data, rows, val, device):
     out, grid = Path(args.out), (args.crop[0], args.crop[1], args.crop[1]) if args.crop else whole
     torch.manual_seed(seed_of(args.seed, 'weights') % 2 ** 32)
     net, factor = build_autoencoder(args)
+    if args.maisi_vae and not state:
+        net.load_state_dict(read_autoencoder(args.maisi_vae)[0]['weights'])
     net, pixels, few = channels_last(net.to(device)), math.prod(grid), 2 if args.volume else 16
     disc = PatchGAN(layers=3 if args.size >= 128 else 2).to(device, memory_format=torch.channels_last) if args.gan else nn.Module()
     ema, both = EMA(net, args.ema_decay), nn.ModuleList([net, disc])
@@ -495,7 +589,7 @@ def worn(near, u, noise):
 
 def main(args):
     # run folder, data
-    device, out = setup(args), Path(args.out)
+    device, out, Conv3d.splits = setup(args), Path(args.out), args.splits
     state = None if args.dry_run else open_run(args)
     print0(f'{out}: preset {args.preset}, {args.device}, {args.dtype}' + (f', going on from step {state["step"]}' if state else ''))
     roots = args.data or [phantom_root(args.cache)]
@@ -517,7 +611,7 @@ def main(args):
 
     def batch(picked, size=args.size):
         """Images in [-1,1] (B,1,[D,]S,S), masks in {0,1} (B,1,[D,]S,S), slice level (B,1) or None, on the CPU."""
-        extra = level[picked][:, None] if args.slice_level else None
+        extra = maisi_extra(args, [data.table[i]['spacing'] for i in picked]) if args.maisi else level[picked][:, None] if args.slice_level else None
         return torch.tensor(sets[size].images[picked]), torch.tensor(sets[size].masks[picked]).float(), extra
 
     def near(picked, size=args.size):
@@ -537,6 +631,8 @@ def main(args):
                     extra_dim=int(args.slice_level))
     if args.init and not state:
         load_init(net, args)
+    if args.maisi and not state:
+        load_maisi(net, args)
     net = net.to(device)
     process = build_process(args)
     process.space = space
@@ -574,7 +670,7 @@ def main(args):
         size = sizes[stage_of(step, args)[0]]
         picked = rows[batch_rows(len(rows), B, step, args.seed)]
         g = generator(args.seed, 'step', step)
-        t, u = process.draw_t(B, g, curriculum.window, size / sizes[0]), torch.rand(B, 5, generator=g)
+        t, u = process.draw_t(B, g, curriculum.window, process.shift if args.maisi else size / sizes[0]), torch.rand(B, 5, generator=g)
         present = torch.rand(B, generator=g) >= args.p_uncond                # whose condition the network is told
         noise = torch.randn(B, *([1, *args.crop, args.crop[1]] if args.crop else space.shape(size)),
                             generator=generator(args.seed, 'noise', step, device=device), device=device)
