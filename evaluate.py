@@ -513,7 +513,7 @@ def climb(start, reach, steps, lr, *about):
 
 def coarser(v, spacing, mm=2.0):
     """A volume (Z,H,W) averaged over blocks of about that size, and its spacing; a remainder at the end is cut off."""
-    k = [max(1, round(mm / s)) for s in spacing]
+    k = [min(n, max(1, round(mm / s))) for n, s in zip(v.shape, spacing)]
     return F.avg_pool3d(v[None], k)[0], [a * s for a, s in zip(k, spacing)]
 
 
@@ -715,9 +715,10 @@ def atlas_picture(path, template, patients, done):
         for h in heights:
             z = int(np.abs(np.array(middle) - h).argmin())
             points, size = plane(square_view(image.shape[1:], spacing[1:], (0, 0, 1, 1)), (144, 144), spacing, z), (144, 144)
+            side = extent[:2].max().item() / 144
             shown, inside = look(torch.from_numpy(image[None, z:z + 1] / white), points[None] * torch.tensor([1, 1, 0.0]), extent)
             labels = labels_at(template, matrix, points, size)
-            rgb = outline((shown[0] * inside).view(size).numpy() * 2 - 1, grow_labels(labels[None], (1, 1), 2)[0] > 0, (60, 170, 80))
+            rgb = outline((shown[0] * inside).view(size).numpy() * 2 - 1, grow_labels(labels[None], (side, side))[0] > 0, (60, 170, 80))
             red = outline(np.zeros(size), np.isin(labels, VENTRICLES))
             tiles.append(np.where((red == (255, 80, 60)).all(-1, keepdims=True), red, rgb))
     save_grid(path, [tiles[i:i + 6] for i in range(0, len(tiles), 6)])
