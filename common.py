@@ -232,6 +232,7 @@ ENDINGS = {'bravo': ('t1ce', 't1c'), 't1_gd': ('t1ce', 't1c'), 't1_pre': ('t1', 
 PARTS = {'train': 0.60, 'val': 0.10, 'judge': 0.15, 'test': 0.15}
 MIN_HEAD = 0.10     # a slice is used when the head covers this share of the brain box
 FORMAT = 1          # of the cache; raise it when anything below changes what is decoded
+VENTRICLES = (4, 5, 14, 15, 24, 31, 43, 44, 63, 72)       # FreeSurfer's labels of fluid and plexus: no tumour starts there
 
 
 def find_file(folder, modality):
@@ -519,6 +520,25 @@ def lesion_tokens(requests, hide=None):
     return out
 
 
+def grow_labels(labels, spacing, mm=4.0):
+    """A parcellation (Z,H,W) whose brain reaches `mm` further in plane: an affine map errs by that much at the cortex, and sulci carry
+    no label. Ventricles do not grow. What is 0 afterwards is outside the brain. spacing (y, x)."""
+    grown = torch.from_numpy(np.where(np.isin(labels, VENTRICLES), 0, labels).astype(np.float32))
+    for axis, s in enumerate(spacing):
+        k = round(mm / s)
+        grown = F.max_pool2d(grown, [2 * k * (axis == 0) + 1, 2 * k * (axis == 1) + 1], 1, [k * (axis == 0), k * (axis == 1)])
+    return np.where(labels > 0, labels, grown.numpy()).astype(np.uint16)
+
+
+def blur(v, sigma, spacing):
+    """Gaussian of sigma mm on a volume (Z,H,W), as a matrix along each axis; at the border what is inside has all the weight."""
+    for axis, s in enumerate(spacing):
+        i = torch.arange(v.shape[axis])
+        g = torch.exp(-((i[:, None] - i) * s / sigma) ** 2 / 2)
+        v = (v.movedim(axis, 2) @ (g / g.sum(0))).movedim(2, axis)
+    return v
+
+
 def shrink_mask(mask, size, pixel_area, speck):
     """A slice's mask (H,W) on a size x size grid, and counts of lesions kept, rescued and dropped.
 
@@ -590,15 +610,27 @@ def decode_patient(patient, size, box, speck, labels=None, depth=None):
     return np.ascontiguousarray(images[:, use].transpose(1, 0, 2, 3), np.float32), masks, table, notes
 
 
+def decode_parc(patient, size, box, z):
+    """Grown labels of the slices z of a patient's parcellation, as decode_patient cuts the image: (N,1,S,S) uint16."""
+    labels, spacing = read_nifti(patient['parc'])
+    shape = read_nifti(patient['files']['seg'])[0].shape
+    if labels.shape != shape:
+        fail(f'{patient["parc"]}: shape {labels.shape[::-1]} differs from {shape[::-1]} of the mask beside it; make it with evaluate.py atlas')
+    cut = crop(grow_labels(labels[z], spacing[1:]), square_view(shape[1:], spacing[1:], box), 0)[:, None]
+    return F.interpolate(torch.from_numpy(cut.astype(np.float32)), (size, size), mode='nearest-exact').numpy().astype(np.uint16)
+
+
 class Slices:
     """Decoded slices, memory-mapped: images (N,C,S,S) float32 in [-1,1], masks (N,1,S,S) uint8, table of N dicts, box.
-    Of load_slices with depth: volumes (N,C,D,S,S), (N,1,D,S,S)."""
+    Of load_slices with depth: volumes (N,C,D,S,S), (N,1,D,S,S); where it was asked for, parc (N,1,S,S) uint16."""
 
     def __init__(self, directory, box):
         info = json.loads((directory / 'index.json').read_text())
         shape = info['shape']
         self.images = np.memmap(directory / 'images.f32', np.float32, 'r', shape=tuple(shape))
         self.masks = np.memmap(directory / 'masks.u8', np.uint8, 'r', shape=(shape[0], 1, *shape[2:]))
+        if (directory / 'parc.u16').exists():
+            self.parc = np.memmap(directory / 'parc.u16', np.uint16, 'r', shape=self.masks.shape)
         self.table, self.notes, self.box, self.part = info['table'], info['notes'], box, []
 
     def rows(self, part, empty=None, seed=0):
@@ -614,15 +646,18 @@ class Slices:
 
 
 def load_slices(roots, size, modalities=('bravo',), box=None, split=None, cache='runs/cache', labels=None, speck=4.0,
-                training=True, depth=None):
+                training=True, depth=None, parc=False):
     """Decodes all patients of the roots once, then memory-maps what is on disk. Returns Slices with part set per row.
     training=False: to look at synthetic patients of any source. depth: a row is a volume of so many slices instead of a slice.
+    parc: only patients with a parcellation (parc.nii.gz), which Slices then holds.
 
     The cache's key holds all that changes a decoded slice. It is written aside and renamed, so that several processes
     may start at once: the first to finish wins, the others throw theirs away.
     """
-    patients = split_patients(find_patients(roots, (*modalities, 'seg')), split, training)
+    patients = split_patients(find_patients(roots, (*modalities, 'seg', *['parc'] * parc)), split, training)
     stamp = [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for p in patients for f in p['files'].values()]
+    for p in patients if parc else ():
+        p['parc'] = p['files'].pop('parc')                                # it is no image
     identity = [[p['name'], p['source'], p['synthetic']] for p in patients]
     key = lambda *more: hashlib.sha256(repr((FORMAT, stamp, identity, modalities, labels, *more)).encode()).hexdigest()[:20]
     cache = Path(cache)
@@ -643,11 +678,12 @@ def load_slices(roots, size, modalities=('bravo',), box=None, split=None, cache=
         tmp.mkdir()
         try:
             table, totals = [], {}
-            with open(tmp / 'images.f32', 'wb') as f, open(tmp / 'masks.u8', 'wb') as g:
+            with open(tmp / 'images.f32', 'wb') as f, open(tmp / 'masks.u8', 'wb') as g, open(tmp / 'parc.u16', 'wb') if parc else io.BytesIO() as h:
                 for p in progress(patients, 'decoding', leave=False):
                     images, masks, rows, notes = decode_patient(p, size, box, speck, labels, depth)
                     images.tofile(f)
                     masks.tofile(g)
+                    h.write(decode_parc(p, size, box, [r['z'] for r in rows]).tobytes() if parc else b'')
                     table += rows
                     totals = {k: totals.get(k, 0) + notes.get(k, 0) for k in {**totals, **notes}}
             if not table:
@@ -2576,7 +2612,8 @@ PRESETS = {
 MODELS = {'unet': ('channels', 'attention', 'layers', 'head_channels', 'norm_groups'),      # and the flags that shape each
           **dict.fromkeys(('dit', 'mmdit', 'mamba'), ('model_size', 'patch', 'width', 'depth', 'heads'))}
 YOUNGER = dict(model='unet', patch=None, width=None, depth=None, heads=None, p_uncond=0.0, controllable=False, sparse24=False, checkpointing=False,
-               progressive=None, neighbours=0, volume=None, crop=None, maisi=None, maisi_class=None)             # flags that older runs do not hold
+               progressive=None, neighbours=0, volume=None, crop=None, maisi=None, maisi_class=None,
+               anatomy=0.0, anatomy_mode=None, anatomy_atlas=None)                          # flags that older runs do not hold
 # May differ when a run goes on; everything else must be as it was.
 FREE = {'device', 'dtype', 'compile', 'checkpointing', 'dry_run', 'out', 'save_every', 'sample_every', 'keep_every', 'cache', 'data', 'minutes', 'lr_find',
         'perceptual_weights', 'lpips_weights', 'init', 'inflate', 'split', 'bravo', 'reward', 'splits', 'maisi_unet'}
@@ -2680,7 +2717,7 @@ def finish_args(args):
     if args.volume:                                                          # a step of few volumes, attention only where the grid is smallest
         preset['batch_size'] = 2
         preset.update(attention=(0,) * (len(preset['attention']) - 1) + (1,)) if args.model == 'unet' else None
-        for name in ('slice_level', 'controllable', 'progressive', 'perceptual', 'fft', 'fft_log', 'reflow', 'gan', 'neighbours'):
+        for name in ('slice_level', 'controllable', 'progressive', 'perceptual', 'fft', 'fft_log', 'reflow', 'gan', 'neighbours', 'anatomy'):
             if getattr(args, name, None):
                 fail(f'--volume {args.volume} and --{name.replace("_", "-")}: that is for slices; leave one of them away')
     for name in ('crop', 'inflate'):

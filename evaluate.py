@@ -6,10 +6,11 @@
   python evaluate.py downstream --fake runs/synthetic --data DIR  does a segmenter get better on real test patients by training on the set?
   python evaluate.py downstream --engine nnunetv2 --iters 5000 --data DIR    the same with nnU-Net v2 itself, where it is installed
   python evaluate.py coherence --fake runs/stacks --data DIR      do the slices of volumes fit together (sample.py --stack)?
+  python evaluate.py atlas --data DIR --template T1.nii.gz --labels LABELS.nii.gz   where in a template's brain does each patient lie?
 
 Each leaves metrics.json, metrics.csv and pictures in --out. Reads files, changes none.
 """
-import fcntl, functools, itertools, subprocess
+import fcntl, functools, gzip, itertools, subprocess
 
 from common import *
 
@@ -69,12 +70,28 @@ def get_args(argv=None):
     g.add_argument('--seed', type=number(int, 0), default=0, help='of the first training')
     g.add_argument('--cache', default='runs/cache', metavar='DIR', help='where decoded slices are kept')
     g.add_argument('--device', choices=('auto', 'cpu', 'cuda'), default='auto')
+    c = commands.add_parser('atlas', help='where in a template\'s brain do patients and slices lie, and is tumour where it can be?')
+    g = c.add_argument_group('what')
+    g.add_argument('--data', nargs='+', required=True, metavar='DIR', help='the real patients')
+    g.add_argument('--template', required=True, metavar='FILE', help='T1 of a brain without skull (NIfTI)')
+    g.add_argument('--labels', required=True, metavar='FILE', help='its FreeSurfer parcellation, on the same grid')
+    g.add_argument('--fake', metavar='DIR', help='a set made by sample.py, to compare with the patients\' slices')
+    g.add_argument('--write', action='store_true', help='parc.nii.gz beside each patient\'s images, for train_seg.py --anatomy, instead of --out/PATIENT/')
+    g = c.add_argument_group('how')
+    g.add_argument('--n', type=number(int, 8), default=200, help='slices of --fake at most')
+    g.add_argument('--repeats', type=number(int, 20), default=200, help='bootstrap draws, of patients')
+    g.add_argument('--out', default='runs/atlas', metavar='DIR', help='matrices of all patients; the same command goes on')
+    g.add_argument('--seed', type=number(int, 0), default=0)
+    g.add_argument('--cache', default='runs/cache', metavar='DIR', help='where decoded slices are kept, with --fake')
     args = p.parse_args(argv)
     args.dtype = 'fp32'
     for flag in ('fake', 'gated'):
         root = getattr(args, flag, None)
         if root and not (Path(root) / 'sample.json').is_file():
             fail(f'--{flag} {root}: holds no sample.json; give a set made by sample.py')
+    for name in ('template', 'labels'):
+        if args.command == 'atlas' and not Path(getattr(args, name)).is_file():
+            fail(f'--{name} {getattr(args, name)}: no such file; see "Anatomy" in README for where to get one')
     for root in getattr(args, 'data', ()):
         if not Path(root).is_dir():
             fail(f'--data {root}: no such folder; give a folder that holds one folder a patient')
@@ -1188,6 +1205,363 @@ def coronal(volume, mask, step, zoom):
     return outline(*(v[::-1, y].repeat(tall, 0).repeat(zoom, 1) for v in (volume, mask)))
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# atlas. Points are (x, y, z) in mm from the corner of a grid as displayed, so 2 p / extent - 1 is what grid_sample wants; a matrix
+# (3,4) takes the points of a patient to those of the template.
+# ---------------------------------------------------------------------------------------------------------------------
+
+UNITS = torch.tensor([1.0] * 3 + [1 / 60] * 9)      # of the 12 dof: each moves the brain's edge, 60 mm from its centre, by about 1 mm
+FLAT = torch.tensor([math.inf, math.inf, 0, 0, 0, math.inf, 15, 15, 0, math.inf, 0, 0])        # 6 in the plane of a slice, scale within 30 %
+TILT = torch.tensor([math.inf, math.inf, 0, *[math.radians(10) * 60] * 2, math.inf, 15, 15, 0, math.inf, 0, 0])
+NEAR = 0.01         # nats below the best: levels as good as that are in the interval of a single slice; set by the levels of slices of known place
+extent_of = lambda shape, spacing: torch.tensor([n * s for n, s in zip(shape[::-1], spacing[::-1])], dtype=torch.float32)
+carried = lambda matrix, points: points @ matrix[:, :3].T + matrix[:, 3]
+
+
+def affine(q):
+    """T R Sh S of q (K,12) in UNITS: translation, rotation vector, log-scales, shears xy, xz, yz. (K,3,4), for points from the centre."""
+    t, r, s, h = (q * UNITS).split(3, 1)
+    zero, one = torch.zeros_like(t[:, 0]), torch.ones_like(t[:, 0])
+    skew = torch.stack([zero, -r[:, 2], r[:, 1], r[:, 2], zero, -r[:, 0], -r[:, 1], r[:, 0], zero], 1).view(-1, 3, 3)
+    shear = torch.stack([one, h[:, 0], h[:, 1], zero, one, h[:, 2], zero, zero, one], 1).view(-1, 3, 3)
+    return torch.cat([torch.linalg.matrix_exp(skew) @ shear * s.exp()[:, None], t[:, :, None]], 2)
+
+
+def inverse(matrix):
+    """Of an affine map (3,4), in fp64."""
+    back = torch.linalg.inv(matrix[:, :3].double())
+    return torch.cat([back, -back @ matrix[:, 3:].double()], 1).to(matrix.dtype)
+
+
+def joint_histogram(fixed, moving, weight=None, bins=32, order=3):
+    """p(a,b) (K,B,B) of bin numbers fixed (N,) and values moving (K,N) in [0,1], whose window is a B-spline of order 3 (Mattes 2003) or 0."""
+    if order:
+        u = 1 + moving.clamp(0, 1 - 1e-5) * (bins - 3)
+        low = u.detach().floor()
+        f, low = u - low, low.long() - 1
+        w = torch.stack([(1 - f) ** 3, 3 * f ** 3 - 6 * f ** 2 + 4, -3 * f ** 3 + 3 * f ** 2 + 3 * f + 1, f ** 3], 2) / 6
+    else:
+        low, w = (moving * bins).long().clamp(0, bins - 1), torch.ones_like(moving)[..., None]
+    w = w if weight is None else w * weight[..., None]
+    at = ((torch.arange(len(moving))[:, None] * bins + fixed) * bins + low)[..., None] + torch.arange(w.shape[2])
+    h = moving.new_zeros(len(moving) * bins * bins).index_add(0, at.flatten(), w.flatten()).view(-1, bins, bins)
+    return h / h.sum((1, 2), keepdim=True).clamp(min=1e-9)
+
+
+def information(p):
+    """Mutual information H(F) + H(M) - H(F,M) in nats, and NMI (H(F) + H(M)) / H(F,M) in [1,2] (Studholme 1999), of p (K,B,B)."""
+    H = lambda v: -(v * (v + 1e-12).log()).flatten(1).sum(1)
+    both, apart = H(p), H(p.sum(1)) + H(p.sum(2))
+    return apart - both, apart / both
+
+
+def look(volume, points, extent, mode='bilinear'):
+    """Values (C,K,N) of a volume (C,Z,H,W) at points (K,N,3), the border's beyond it; and which points are inside, (K,N)."""
+    grid = 2 * points / extent - 1
+    return F.grid_sample(volume[None], grid[None, None], mode, 'border', align_corners=False)[0, :, 0], (grid.detach().abs() <= 1).all(-1)
+
+
+def explained(q, centre, points, fixed, volume, extent, order=3):
+    """What points (N,3), from their centre, tell about a volume (C,Z,H,W) in [0,1] where affine(q) (K,12) puts them: MI times the share of
+    the points that lie inside, so that leaving the image does not pay; and NMI; (K,). A second channel of the volume weighs the points."""
+    A = affine(q)
+    values, inside = look(volume, points @ A[:, :, :3].mT + A[:, None, :, 3] + centre, extent)
+    mi, nmi = information(joint_histogram(fixed, values[0], inside, order=order))
+    return mi * inside.float().mean(1), nmi
+
+
+def climb(start, reach, steps, lr, *about):
+    """Adam with a falling rate on all starts (K,12) at once, no parameter further from its start than reach (12,). Returns q, explained."""
+    q = start.clone().requires_grad_()
+    opt = torch.optim.Adam([q], lr, betas=(0.9, 0.9))
+    for step in range(steps):
+        opt.param_groups[0]['lr'] = lr * (0.05 + 0.95 * (1 - step / steps))
+        q.grad, = torch.autograd.grad(-explained(q, *about)[0].sum(), q)
+        opt.step()
+        q.data = start + (q.data - start).clamp(-reach, reach)
+    with torch.no_grad():
+        return q.detach(), explained(q, *about)[0]
+
+
+def coarser(v, spacing, mm=2.0):
+    """A volume (Z,H,W) averaged over blocks of about that size, and its spacing; a remainder at the end is cut off."""
+    k = [min(n, max(1, round(mm / s))) for n, s in zip(v.shape, spacing)]
+    return F.avg_pool3d(v[None], k)[0], [a * s for a, s in zip(k, spacing)]
+
+
+class Template:
+    """Labels (Z,H,W) and, at about 2 mm and in [0,1], the brain, smoothed by Gaussians of 1, 2 and 4 mm; near: up to 6 mm from the brain,
+    where images are compared, so that no skull takes part. floor: the world's z at the lower border, mm."""
+
+    def __init__(self, file, labels_file):
+        (image, spacing), (labels, _) = read_nifti(file), read_nifti(labels_file)
+        if labels.shape != image.shape:
+            fail(f'--labels {labels_file}: shape {labels.shape[::-1]} differs from {image.shape[::-1]} of --template {file}; resample it onto the template')
+        if labels.max() >= 2 ** 16 or (labels != labels.round()).any() or not np.isin(labels, VENTRICLES).any() or labels.min() < 0:
+            fail(f'--labels {labels_file}: expected FreeSurfer\'s whole numbers from 0 to 65535 with ventricles ({", ".join(map(str, VENTRICLES))}) among them')
+        if (image > 0).mean() > 0.6:
+            fail(f'--template {file}: {(image > 0).mean():.0%} of its voxels are above 0; expected a brain without skull, 0 outside it')
+        world = nib.as_closest_canonical(nib.load(file)).affine
+        self.labels, self.extent, self.floor = torch.from_numpy(labels.copy()), extent_of(image.shape, spacing), world[2, 3] - spacing[0] / 2
+        v, self.spacing = coarser(torch.from_numpy(image.copy()), spacing)
+        brain = (v > 0).float()
+        v = (v / np.percentile(v[v > 0].numpy(), 99)).clamp(0, 1)
+        self.levels, self.size = {mm: blur(v, mm, self.spacing) for mm in (1, 2, 4)}, extent_of(v.shape, self.spacing)
+        at = (blur(brain, 3, self.spacing) > 0.02).nonzero()
+        self.at = at[torch.randperm(len(at), generator=generator('atlas', len(at)))]
+        self.centre = self.mm(brain.nonzero()).mean(0)
+
+    def mm(self, at):
+        return (at.flip(1) + 0.5) * torch.tensor(self.spacing[::-1])
+
+    def sample(self, n, mm):
+        """The first n of the shuffled points near the brain, from its centre, and their bins of 32."""
+        return self.mm(self.at[:n]) - self.centre, (self.levels[mm][tuple(self.at[:n].T)] * 31.999).long()
+
+
+def brain_of(image, spacing):
+    """An image (Z,H,W), its skull taken away, in [0,1] and at about 2 mm; its spacing; the brain's centre (x, y) mm. Brain: the largest piece of what
+    is brighter than 0.6 of the head's inner median, opened by 5 mm in plane (that cuts the scalp off) and grown again by 3 mm more for its fluid."""
+    v, spacing = coarser(torch.from_numpy(np.ascontiguousarray(image)), spacing)
+    pool = lambda m, mm: F.max_pool2d(m.float(), [2 * round(mm / s) + 1 for s in spacing[1:]], 1, [round(mm / s) for s in spacing[1:]])
+    inner = 1 - pool(~torch.from_numpy(head_mask(v.numpy())), 15) > 0
+    bright = v > 0.6 * v[inner if inner.any() else v > v.min()].median()
+    core = 1 - pool(~bright, 5)
+    labels, n = components(core[:, ::2, ::2].numpy())
+    if n:
+        piece = torch.from_numpy(labels == np.bincount(labels.ravel())[1:].argmax() + 1).float()
+        core = core * F.interpolate(piece[None], core.shape[1:], mode='nearest')[0]
+    brain = pool(core, 8) > 0 if n else torch.ones_like(v, dtype=torch.bool)
+    low, high = np.percentile(v[brain & (v > v.min())].numpy(), (1, 99))
+    _, y, x = brain.nonzero().float().mean(0).tolist()
+    return ((v - low) / max(high - low, 1e-6)).clamp(0, 1) * brain, spacing, ((x + 0.5) * spacing[2], (y + 0.5) * spacing[1])
+
+
+@torch.no_grad()
+def register(template, image, spacing):
+    """A volume (Z,H,W): matrix, NMI, and NMI of the same place in the volume turned upside down. 12 dof from the template to the patient, from
+    1,170 starts (height, z-scale, pitch), on 6,000, 20,000 and 60,000 points: four seconds of one core."""
+    v, spacing, middle = brain_of(image, spacing)
+    centre = torch.tensor([*middle, len(v) * spacing[0] / 2])
+    extent, reach = extent_of(v.shape, spacing), torch.full((12,), math.inf)
+    starts = torch.cartesian_prod(torch.tensor([0.82, 0.92, 1.03]).log() * 60, torch.linspace(-0.35, 0.4, 13) * extent[2], torch.tensor([-25.0, 0, 25]),
+                                  torch.tensor([-15.0, 0, 15]), torch.tensor([0.7, 0.9, 1.15, 1.5, 2.0]).log() * 60)
+    q = torch.zeros(len(starts), 12)
+    q[:, [6, 2, 1, 3, 8]], q[:, 7] = starts, starts[:, 0]
+    for mm, n, scales, keep, steps, lr in ((4, 3000, 3, 3, 50, 2.0), (2, 20000, 1, 2, 40, 0.7), (1, 60000, 1, 1, 40, 0.25)):
+        about = (centre, *template.sample(n, mm), blur(v, mm, spacing)[None], extent)
+        told = torch.cat([explained(part, *about)[0] for part in q.split(64)])
+        best = told.view(scales, -1).topk(keep)[1] + torch.arange(scales)[:, None] * (len(q) // scales)      # the best of each scale
+        with torch.enable_grad():
+            q, told = climb(q[best.flatten()], reach, steps, lr, *about)
+    A = affine(q)[0]
+    flipped = (*about[:3], about[3].flip(1), extent)
+    return inverse(torch.cat([A[:, :3], (A[:, 3] + centre - A[:, :3] @ template.centre)[:, None]], 1)), *(float(explained(q, *a, order=0)[1]) for a in (about, flipped))
+
+
+def search(template, image, spacing):
+    """A single slice (1,H,W) at every level, 4 mm apart: 6 dof in plane, then tilts up to 10 degrees, then the level itself. Matrix, NMI, the
+    template's z at the slice's middle (mm above its lower border), and the levels that are about as good: low, high."""
+    v, spacing, middle = brain_of(image, spacing)
+    centre = torch.tensor([*middle, spacing[0] / 2])
+    at = (F.max_pool2d((v > 0).float(), 5, 1, 2)[0] > 0).nonzero()
+    at = at[torch.randperm(len(at), generator=generator('atlas', len(at)))[:4000]]
+    points = F.pad((at.flip(1) + 0.5) * torch.tensor(spacing[:0:-1]), (0, 1), value=spacing[0] / 2) - centre
+    fixed = (blur(v, 1, spacing)[0][tuple(at.T)] * 31.999).long()
+    about = (template.centre, points, fixed, template.levels[2][None], template.size)
+    height = template.mm(template.at)[:, 2]
+    z = torch.arange(float(height.min()) + 10, float(height.max()) - 8, 4)
+    q = torch.zeros(3, len(z), 12)
+    q[:, :, 2], q[:, :, 1] = z - template.centre[2], torch.tensor([[-20.0], [0], [20]])
+    with torch.no_grad():
+        best = torch.stack([explained(part, *about)[0] for part in q]).argmax(0)
+    q, _ = climb(q[best, torch.arange(len(z))], FLAT, 30, 2.0, *about)
+    q, told = climb(q, TILT, 25, 1.0, *about)
+    good = z[told >= told.max() - NEAR]
+    k = int(told.argmax())
+    reach = TILT.clone()
+    reach[2] = 4
+    q, _ = climb(q[k:k + 1], reach, 25, 0.5, *about)
+    A = affine(q)[0]
+    matrix = torch.cat([A[:, :3], (A[:, 3] + template.centre - A[:, :3] @ centre)[:, None]], 1)
+    with torch.no_grad():
+        return matrix, float(explained(q, *about, order=0)[1]), float(q[0, 2] + template.centre[2]), float(good.min()) - 2, float(good.max()) + 2
+
+
+def plane(bounds, size, spacing, z):
+    """Points of the size (h,w) pixels that divide the voxel bounds y0, x0, y1, x1 of slice z: (h w, 3)."""
+    y, x = (torch.arange(n) + 0.5 for n in size)
+    y, x = bounds[0] + y / size[0] * (bounds[2] - bounds[0]), bounds[1] + x / size[1] * (bounds[3] - bounds[1])
+    y, x = torch.meshgrid(y * spacing[1], x * spacing[2], indexing='ij')
+    return torch.stack([x, y, torch.full_like(x, (z + 0.5) * spacing[0])], 2).view(-1, 3)
+
+
+def labels_at(template, matrix, points, size):
+    """The template's labels at a patient's points, nearest: (h,w) uint16."""
+    return look(template.labels[None], carried(matrix, points)[None], template.extent, 'nearest')[0].view(size).numpy().astype(np.uint16)
+
+
+def as_stored(labels, file):
+    """Labels (Z,H,W) as displayed, as the bytes of a .nii.gz on the grid of that file: same axes, same affine."""
+    image = nib.load(file)
+    turn = nib.orientations.ornt_transform([[0, 1], [1, 1], [2, 1]], nib.io_orientation(image.affine))
+    a = nib.apply_orientation(labels.transpose(2, 1, 0)[::-1, ::-1], turn)
+    return gzip.compress(nib.Nifti1Image(a.reshape(image.shape), image.affine).to_bytes(), 1, mtime=0)
+
+
+def tumour_counts(mask, grown):
+    """Voxels of tumour: in all, in ventricles, outside the brain."""
+    return [int(v.sum()) for v in (mask > 0, (mask > 0) & np.isin(grown, VENTRICLES), (mask > 0) & (grown == 0))]
+
+
+def agreement(image, template, matrix, points):
+    """NMI of a slice (S,S) in [-1,1] and the template there, where it is near the brain; 16 bins, as there are few pixels. nan without any."""
+    brain, _ = look(template.levels[2][None], carried(matrix, points)[None], template.size)
+    near = brain[0] > 0.02
+    fixed = ((torch.tensor(image).flatten() + 1) * 7.999).long().clamp(0, 15)
+    return float(information(joint_histogram(fixed, brain[0], near, 16))[1]) if near.any() else math.nan
+
+
+def atlas(args):
+    """Registers every patient once, writes parcellations, atlas.json, atlas.csv and a picture; with --fake measures its slices beside real ones."""
+    keep_memory()
+    out, template = Path(args.out), Template(args.template, args.labels)
+    patients = find_patients(args.data, ('bravo', 'seg'))
+    names = Counter(p['folder'].name for p in patients)
+    for p in patients:
+        if p['synthetic'] or names[p['folder'].name] > 1:
+            fail(f'--data {p["root"]}: ' + ('is synthetic; give it with --fake' if p['synthetic'] else f'another root has a folder {p["folder"].name} too'))
+    file = out / 'atlas.json'
+    stamp = hashlib.sha256(Path(args.template).read_bytes() + Path(args.labels).read_bytes()).hexdigest()[:16]
+    state = json.loads(file.read_text()) if file.exists() else dict(template=stamp, patients={}, fakes={})
+    if state['template'] != stamp:
+        fail(f'--out {out}: was made with another --template or --labels; choose another')
+    done, targets = state['patients'], {p['folder'].name: (p['folder'] if args.write else out / p['folder'].name) / 'parc.nii.gz' for p in patients}
+    sha = lambda data: hashlib.sha256(data).hexdigest()[:16]
+    for name, target in targets.items():
+        if target.exists() and done.get(name, {}).get('sha') != sha(target.read_bytes()):
+            fail(f'{target}: is there and was not written by {file}; move it away, or leave --write away')
+    out.mkdir(parents=True, exist_ok=True)
+    save = lambda: atomic_write(file, json.dumps(state).encode())
+    for p in progress(patients, 'registering'):
+        name = p['folder'].name
+        if name in done and targets[name].exists():
+            continue
+        (image,), mask, spacing, _ = read_patient(p)
+        clock = time.process_time()
+        matrix, nmi, *more = (search if len(image) == 1 else register)(template, image, spacing)
+        bounds = (0, 0, *image.shape[1:])
+        labels = np.stack([labels_at(template, matrix, plane(bounds, bounds[2:], spacing, z), bounds[2:]) for z in range(len(image))])
+        data = as_stored(labels, p['files']['bravo'])
+        done[name] = dict(matrix=matrix.tolist(), nmi=nmi, seconds=time.process_time() - clock, shape=image.shape, spacing=spacing, sha=sha(data),
+                          tumour=tumour_counts(mask, grow_labels(labels, spacing[1:])),
+                          **(dict(zip(('z', 'z_low', 'z_high'), (v + template.floor for v in more))) if len(image) == 1 else dict(upside_down=more[0])))
+        save()                                                                # first: what stands there without a line here is somebody else's
+        targets[name].parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(targets[name], data)
+    here = [done[p['folder'].name] for p in patients]
+    write_csv(out / 'atlas.csv', ['patient', 'nmi', 'upside_down', 'z', 'z_low', 'z_high', 'tumour', 'in_ventricles', 'outside_brain', 'seconds'],
+              [[n, d['nmi'], *(d.get(k, '') for k in ('upside_down', 'z', 'z_low', 'z_high')), *d['tumour'], f'{d["seconds"]:.1f}'] for n, d in zip(names, here)])
+    spread = lambda v: '{:.3f} to {:.3f}, median {:.3f}'.format(*np.percentile(v, (0, 100, 50)))
+    total, inside, outside = np.sum([d['tumour'] for d in here], 0)
+    turned = [d['upside_down'] for d in here if 'upside_down' in d]
+    print0(f'{len(here)} patients: NMI {spread([d["nmi"] for d in here])}' + (f' (volumes upside down: {spread(turned)})' if turned else '')
+           + f'; of {total} voxels of tumour {inside / max(total, 1):.4f} in ventricles, {outside / max(total, 1):.4f} outside the brain')
+    atlas_picture(out / 'atlas.png', template, patients, done)
+    print0(f'look at {out}/atlas.png: ventricles red, brain green')
+    if args.fake:
+        compare_slices(args, template, done, state, save)
+
+
+def atlas_picture(path, template, patients, done):
+    """Six levels of up to four volumes, or 24 single slices, with the outlines of the template's ventricles and labels."""
+    heights = np.percentile(template.labels.numpy().astype(int).clip(0, 1).nonzero()[0], (15, 35, 45, 52, 62, 80)) * (template.extent[2].item() / len(template.labels))
+    some, tiles = patients[::max(1, len(patients) // 4)][:4], []
+    if all(done[p['folder'].name]['shape'][0] == 1 for p in patients):
+        some, heights = patients[::max(1, len(patients) // 24)][:24], heights[:1]
+    for p in some:
+        image, spacing = read_nifti(p['files']['bravo'])
+        matrix, extent = torch.tensor(done[p['folder'].name]['matrix']), extent_of(image.shape, spacing)
+        middle = [carried(matrix, torch.tensor([extent[0] / 2, extent[1] / 2, (z + 0.5) * spacing[0]]))[2].item() for z in range(len(image))]
+        white = np.percentile(image[image > image.min()], 99)
+        for h in heights:
+            z = int(np.abs(np.array(middle) - h).argmin())
+            points, size = plane(square_view(image.shape[1:], spacing[1:], (0, 0, 1, 1)), (144, 144), spacing, z), (144, 144)
+            side = extent[:2].max().item() / 144
+            shown, inside = look(torch.from_numpy(image[None, z:z + 1] / white), points[None] * torch.tensor([1, 1, 0.0]), extent)
+            labels = labels_at(template, matrix, points, size)
+            rgb = outline((shown[0] * inside).view(size).numpy() * 2 - 1, grow_labels(labels[None], (side, side))[0] > 0, (60, 170, 80))
+            red = outline(np.zeros(size), np.isin(labels, VENTRICLES))
+            tiles.append(np.where((red == (255, 80, 60)).all(-1, keepdims=True), red, rgb))
+    save_grid(path, [tiles[i:i + 6] for i in range(0, len(tiles), 6)])
+
+
+def compare_slices(args, template, done, state, save):
+    """Generated slices where their source lies, single ones by search, masks alone on the parcellations of all patients at that level."""
+    out, made = Path(args.out), json.loads((Path(args.fake) / 'sample.json').read_text())
+    S, box = made['pixels'], tuple(made['box'])
+    real = load_slices(args.data, S, box=box, cache=args.cache)
+
+    def geometry(name, z):
+        d = done[name]
+        return torch.tensor(d['matrix']), plane(square_view(d['shape'][1:], d['spacing'][1:], box), (S, S), d['spacing'], z)
+
+    at = [geometry(r['folder'], r['z']) for r in real.table]
+    grown = np.stack([grow_labels(labels_at(template, *g, (S, S))[None], r['spacing'])[0] for g, r in zip(at, real.table)])
+    by_patient = [[i for i, r in enumerate(real.table) if r['patient'] == n] for n in sorted({r['patient'] for r in real.table})]
+
+    def elsewhere(mask, level, patient=''):
+        """Mean counts of a mask on the parcellations of all other patients, at the slice of the nearest level."""
+        rows = [min(rows, key=lambda i: abs(real.table[i]['level'] - level)) for rows in by_patient if real.table[rows[0]]['patient'] != patient]
+        return np.mean([tumour_counts(mask, grown[i]) for i in rows], 0)
+
+    rows = read_csv(Path(args.fake) / 'manifest.csv')
+    rows = [rows[i] for i in torch.randperm(len(rows), generator=generator(args.seed, 'atlas')).tolist()[:args.n]]
+    table, who, how = [], [], Counter()
+    for r in progress(rows, 'slices'):
+        folder = Path(args.fake) / r['folder']
+        mask, spacing = read_nifti(folder / 'seg.nii.gz')
+        source, _, z = r['condition'].rpartition(':')
+        if not made.get('bravo'):
+            how['on others\' parcellations'] += 1
+            table.append([math.nan, *elsewhere(mask[0], float(r['level']))])
+        else:
+            image = read_nifti(folder / 'bravo.nii.gz')[0]
+            if source in done and z.isdigit():
+                how['where the source lies'] += 1
+                matrix, points = geometry(source, int(z))
+            else:
+                how['by search'] += 1
+                if r['folder'] not in state['fakes']:
+                    matrix, _, *level = search(template, image, spacing)
+                    state['fakes'][r['folder']] = dict(matrix=matrix.tolist(), **dict(zip(('z', 'z_low', 'z_high'), (v + template.floor for v in level))))
+                    save()
+                matrix, points = torch.tensor(state['fakes'][r['folder']]['matrix']), plane((0, 0, S, S), (S, S), spacing, 0)
+            labels = grow_labels(labels_at(template, matrix, points, (S, S))[None], spacing[1:])
+            table.append([agreement(image[0], template, matrix, points), *tumour_counts(mask, labels)])
+        who.append(f'fake:{r["source_patient"] or r["folder"]}')
+    for i, (r, g) in enumerate(zip(real.table, at)):
+        mask = real.masks[i, 0]
+        table.append([agreement(real.images[i, 0], template, *g), *tumour_counts(mask, grown[i])] if made.get('bravo') else
+                     [math.nan, *elsewhere(mask, r['level'], r['patient'])])
+        who.append(r['patient'])
+    table, who, n = np.array(table, float), np.array(who), len(rows)
+    cut = np.nanpercentile(table[n:, 0], 5) if made.get('bravo') else math.nan
+
+    def measure(i):
+        nmi, tumour, inside, outside = table[i].T
+        shares = {'tumour in ventricles': inside.sum() / max(tumour.sum(), 1), 'tumour outside the brain': outside.sum() / max(tumour.sum(), 1)}
+        return shares if math.isnan(cut) else {'NMI of a slice': np.nanmean(nmi), 'NMI below 5 % of real': (nmi < cut).mean(), **shares}
+
+    sides = np.arange(n), np.arange(n, len(table))
+    points = [measure(i) for i in sides]
+    draws = [[measure(draw(i, who, generator(args.seed, 'atlas', k), True)) for i in sides] for k in range(args.repeats)]
+    report(out, intervals(list(points[0]), points, draws), dict(fake=args.fake, slices=n, placed=dict(how), real_slices=len(real.table), nmi_cut=float(cut)))
+    write_csv(out / 'slices.csv', ['folder', 'nmi', 'tumour', 'in_ventricles', 'outside_brain'],
+              [[r['folder'], *t] for r, t in zip(rows, table[:n].tolist())])
+    print0(f'placed: {", ".join(f"{k} {v}" for v, k in how.items())}; real beside: {len(real.table)} slices of {len(by_patient)} patients')
+
+
 HEADER = ['metric', 'fake', 'fake_low', 'fake_high', 'floor', 'floor_low', 'floor_high', 'above_low', 'above_high']
 
 
@@ -1211,7 +1585,7 @@ def report(out, table, about, sides=('fake', 'real')):
 
 
 def main(args):
-    {'quality': quality, 'cycle': cycle, 'control': control, 'coherence': coherence, 'downstream': downstream}[args.command](args)
+    {'quality': quality, 'cycle': cycle, 'control': control, 'coherence': coherence, 'atlas': atlas, 'downstream': downstream}[args.command](args)
 
 
 if __name__ == '__main__':

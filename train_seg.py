@@ -16,13 +16,68 @@ def get_args(argv=None):
     p = train_parser(__doc__.split('\n')[0], 'runs/seg')
     g = p.add_argument_group('control')
     g.add_argument('--controllable', action='store_true', help='condition on count, sizes and places of the lesions (cross-attention)')
+    g = p.add_argument_group('anatomy (patients with a parc.nii.gz: evaluate.py atlas --write)')
+    g.add_argument('--anatomy', type=number(float, 0), default=0.0, metavar='W', help='weight of the loss on tumour where none can be; 0: off, 0.01 to 0.1 is usual')
+    g.add_argument('--anatomy-mode', choices=('soft', 'hard'), help='soft: also by how often tumours are there; hard: ventricles and outside the brain; none: soft')
+    g.add_argument('--anatomy-atlas', metavar='FILE', help='CSV label,plausible (0 to 1; 1 where not named) instead of the training tumours\' places')
     args = finish_args(p.parse_args(argv))
     if args.p_uncond and not args.controllable:
         fail(f'--p-uncond {args.p_uncond:g}: a mask model has a condition to drop only with --controllable')
     if args.model == 'mmdit' and not args.controllable:
         fail('--model mmdit: its second stream holds masks or requests, and a mask model has neither without --controllable; add it, or use dit')
+    for name in ('anatomy_mode', 'anatomy_atlas'):
+        if getattr(args, name) and not args.anatomy:
+            fail(f'--{name.replace("_", "-")} {getattr(args, name)}: does nothing without --anatomy W')
+    if args.anatomy and not args.slice_level:
+        fail(f'--anatomy {args.anatomy:g}: what is plausible depends on the level of the slice, which the network must know; add --slice-level')
+    if args.anatomy and not args.data:
+        fail(f'--anatomy {args.anatomy:g}: needs patients with a parc.nii.gz, and the phantom has none; add --data DIR')
+    if args.anatomy_atlas and args.anatomy_mode == 'hard':
+        fail('--anatomy-atlas: grades the brain, and --anatomy-mode hard does not; give one of them')
+    args.anatomy_mode = args.anatomy_mode or (args.anatomy and 'soft') or None
     args.script = 'seg'
     return args
+
+
+def read_atlas(path):
+    """CSV label,plausible as a table (65536,) that is 1 for labels without a line."""
+    if not Path(path).is_file():
+        fail(f'--anatomy-atlas {path}: no such file; expected a CSV with columns label,plausible')
+    table, rows = np.ones(2 ** 16), read_csv(path)
+    try:
+        for row in rows:
+            table[int(row['label'])] = float(row['plausible'])
+    except (KeyError, ValueError, IndexError):
+        rows = []
+    if not rows or not ((table >= 0) & (table <= 1)).all():
+        fail(f'--anatomy-atlas {path}: expected columns label,plausible: whole numbers from 0 to 65535 and numbers from 0 to 1')
+    return table
+
+
+def plausibility(data, rows, atlas=None, levels=8):
+    """How plausible tumour is at each pixel of each slice, (N,1,S,S) uint8 of 255: 0 in ventricles and outside the brain, at least 1 elsewhere.
+
+    There (n + 1) / (max n + 1), n the number of masks of `rows` with tumour at that place of the brain box and level, under a Gaussian of 8 mm
+    and one of `levels` steps: the 1 is the floor that keeps rare sites possible. Or atlas[label].
+    """
+    at = np.array([min(int(r['level'] * levels), levels - 1) for r in data.table])
+    inside = (data.parc > 0) & ~np.isin(data.parc, VENTRICLES)
+    if atlas is not None:
+        A = atlas[data.parc]
+    else:
+        n = torch.stack([torch.from_numpy(data.masks[rows[at[rows] == k], 0].sum(0, dtype=np.float32)) for k in range(levels)])
+        n = blur(n, 8, (8, *np.median([data.table[i]['spacing'] for i in rows], 0))).numpy()
+        A = ((n + 1) / (n.max() + 1))[at, None]
+    return np.where(inside, np.round(A * 255).clip(1, 255), 0).astype(np.uint8)
+
+
+def anatomy_loss(p, A, mode='soft', eps=None):
+    """Share of tumour p (B,1,S,S) in [0,1] that lies where it cannot, of each image (B,): sum p w / (sum p + eps); soft: w = 1 - A, hard: w = [A = 0].
+
+    eps: a thousandth of the pixels, so that a speck in an otherwise empty mask does not weigh like a tumour; 0 for an empty one.
+    """
+    w = 1 - A if mode == 'soft' else (A == 0).float()
+    return (p * w).flatten(1).sum(1) / (p.flatten(1).sum(1) + (p[0].numel() / 1000 if eps is None else eps))
 
 
 def main(args):
@@ -32,13 +87,18 @@ def main(args):
     print0(f'{out}: preset {args.preset}, {args.device}, {args.dtype}' + (f', going on from step {state["step"]}' if state else ''))
     roots = args.data or [phantom_root(args.cache)]
     sizes = args.progressive or (args.size,)                                 # data has the last one: what the run is for
-    sets = {s: load_slices(roots, s, ('bravo',), state and state['box'], args.split, args.cache, args.labels, args.speck, depth=args.volume) for s in sizes}
+    atlas = args.anatomy_atlas and read_atlas(args.anatomy_atlas)
+    sets = {s: load_slices(roots, s, ('bravo',), state and state['box'], args.split, args.cache, args.labels, args.speck, depth=args.volume, parc=args.anatomy > 0) for s in sizes}
     data = sets[args.size]
     rows, val = data.rows('train', args.empty_slices, args.seed), data.rows('val', args.empty_slices, args.seed)
     if not len(rows):
         fail(f'--data {" ".join(map(str, roots))}: no slice of a training patient; see --split')
     level = torch.tensor([r['level'] for r in data.table])
     print0(f'training on {len(rows)} {"volumes" if args.volume else "slices"}, held out {len(val)}')
+    plausible = {s: plausibility(sets[s], rows, atlas) for s in sizes} if args.anatomy else {}
+    if args.anatomy:
+        tumour, A = sets[args.size].masks[rows] > 0, plausible[args.size][rows]
+        print0(f'anatomy: {(A == 0).mean():.3f} of the pixels are ventricle or outside the brain; {(A[tumour] == 0).mean():.4f} of the real tumour is there')
 
     def batch(picked, size=args.size):
         """Masks as images of -1 and 1 (B,1,[D,]S,S), slice level (B,1) or None, on the CPU."""
@@ -100,8 +160,10 @@ def main(args):
         for k in range(args.accumulate):
             mine = slice((rank() * args.accumulate + k) * part, (rank() * args.accumulate + k + 1) * part)
             x_0, extra = (v if v is None else v.to(device, non_blocking=True) for v in batch(picked[mine], size))
+            A = torch.tensor(plausible[size][picked[mine]]).to(device) / 255 if args.anatomy else None
             if args.augment:
-                x_0 = augment(x_0, x_0 + 1, u[mine])[1] - 1                    # nearest, background outside
+                moved, x_0 = augment(x_0 if A is None else 2 * A - 1, x_0 + 1, u[mine])      # nearest, background outside
+                x_0, A = x_0 - 1, None if A is None else (moved + 1) / 2
             if args.crop:                                                    # anywhere: more lesions than there are would be learned
                 x_0, _, extra = crop_volumes(x_0, x_0, args.crop, torch.rand(B, 4, generator=generator(args.seed, 'crop', step))[mine])
             context = tokens(x_0, hide[mine], present[mine])
@@ -109,7 +171,9 @@ def main(args):
             last = k == args.accumulate - 1
             with contextlib.nullcontext() if last or world() == 1 else model.no_sync():
                 with autocast(device, args.dtype):
-                    loss, square, _ = process.loss(model, x_0, noise[mine], times, None, context, extra, args.min_snr)
+                    loss, square, x0_hat = process.loss(model, x_0, noise[mine], times, None, context, extra, args.min_snr)
+                if args.anatomy:                                               # of what would be cut as tumour, where x0_hat means something
+                    loss = loss + args.anatomy * (times <= 0.5) * anatomy_loss(process.from_range(x0_hat).clamp(0, 1), A, args.anatomy_mode)
                 loss = loss.mean()
                 (loss / args.accumulate).backward()
             total += loss.detach() / args.accumulate
