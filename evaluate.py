@@ -342,7 +342,7 @@ class MedNeXtBlock(nn.Module):
 
 
 class MedNeXt(nn.Module):
-    """MedNeXt (Roy 2023) of MEDNEXT[kind]: an axis must be a multiple of 16. Skips are added. Heads as in PlainUNet, at all five levels."""
+    """MedNeXt (Roy 2023) of MEDNEXT[kind]: an axis must be a multiple of 16, 32 at least. Skips are added. Heads as in PlainUNet, at all five levels."""
 
     def __init__(self, kind, dims=2, kernel=3, width=32, inputs=1, classes=2):
         super().__init__()
@@ -479,9 +479,11 @@ def train_segmenter(images, masks, steps, device='cpu', seed=0, network='nnunet'
     Nesterov's SGD (MedNeXt: AdamW, 1e-3), the rate falls as (1 - step/steps)^0.9, gradients clipped at 12; a third of each batch is drawn
     from slices with tumour. The last weights are taken, as nnU-Net does, so that no patient is needed to choose them. No mirrors at test time.
     """
+    layout = torch.channels_last if network == 'nnunet' else torch.contiguous_format      # narrow MedNeXts crash in channels_last (torch 2.13, CPU)
+
     def build(kernel):
         torch.manual_seed(seed_of(seed, 'segmenter') % 2 ** 32)
-        net = build_segmenter(network, images.shape[2:], width, kernel).to(device, memory_format=torch.channels_last)
+        net = build_segmenter(network, images.shape[2:], width, kernel).to(device, memory_format=layout)
         if network == 'nnunet':
             return net, torch.optim.SGD(net.parameters(), 0.01, 0.99, nesterov=True, weight_decay=3e-5)
         return net, torch.optim.AdamW(net.parameters(), 1e-3, weight_decay=3e-5, eps=1e-4)
@@ -499,18 +501,18 @@ def train_segmenter(images, masks, steps, device='cpu', seed=0, network='nnunet'
         x, y = z_score(torch.tensor(images[rows])), torch.tensor(masks[rows]).float()
         if augmented:
             x, y = nnunet_augment(x, y, generator(seed, 'segmenter', step))
-        loss = segmentation_loss(net(x.to(device, memory_format=torch.channels_last)), y.to(device))
+        loss = segmentation_loss(net(x.to(device, memory_format=layout)), y.to(device))
         opt.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(net.parameters(), 12)
         opt.step()
-        if step % 50 == 49 and not math.isfinite(float(loss)):
-            fail(f'segmenter: loss {float(loss)} at step {step + 1}, rate {group["lr"]:.2g}; nothing of this training is kept', 1)
+        if step % 50 == 49 and not math.isfinite(loss.item()):
+            fail(f'segmenter: loss {loss.item()} at step {step + 1}, rate {group["lr"]:.2g}; nothing of this training is kept', 1)
     net.eval()
 
     @torch.no_grad()
     def segment(x):
-        return np.concatenate([net(z_score(v).to(device, memory_format=torch.channels_last)).argmax(1).bool().cpu().numpy() for v in torch.tensor(x).split(64)])
+        return np.concatenate([net(z_score(v).to(device, memory_format=layout)).argmax(1).bool().cpu().numpy() for v in torch.tensor(x).split(64)])
 
     return segment
 
@@ -688,8 +690,9 @@ def finish_downstream(args):
         fail(f'--gated {args.gated}: its brain box is not that of --fake {args.fake}; make both with the same --bravo run')
     args.box = boxes.pop() if boxes else None
     args.size = args.size or next((m['pixels'] for m in made.values()), 64)
-    if args.size % 16 and args.network != 'nnunet' or args.size % 4:
-        fail(f'--size {args.size}: must be a multiple of {4 if args.network == "nnunet" else 16} for --network {args.network}')
+    multiple = 4 if args.network == 'nnunet' else 32                        # MedNeXt halves it four times and norms what is left
+    if args.size % multiple:
+        fail(f'--size {args.size}: must be a multiple of {multiple} for --network {args.network}')
     if args.network == 'nnunet' and args.kernel != '3':
         fail(f'--kernel {args.kernel}: is of MedNeXt; --network nnunet has 3')
     if args.engine == 'nnunetv2' and (args.network != 'nnunet' or args.cross_validate or not args.iters):
@@ -836,7 +839,7 @@ def compare_arms(values, repeats, seed):
 def arms_png(path, values, table):
     """One panel a metric of METRICS[:2]: a dot for each patient, the mean and its interval, for each arm."""
     left, step, high = 60, 92, 220
-    image = Image.new('RGB', (left + step * len(values) + 20, 2 * (high + 70)), (255, 255, 255))
+    image = Image.new('RGB', (max(left + step * len(values) + 20, 560), 2 * (high + 70)), (255, 255, 255))
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(12)
     for m in (0, 1):
         top = 30 + m * (high + 70)
@@ -882,7 +885,7 @@ def trained_once(args, name, steps, arm_images, arm_masks, seed, augmented, imag
 def study_steps(args, device):
     """The number of steps of every training, from --iters or by timing 20; kept in study.json. Fails when a flag there differs."""
     out, now = Path(args.out), {k: v for k, v in plain(args).items() if k in STUDY}
-    counts = {s: len(arm_slices(args, a)[0]) for s, a in (('data', 'real'), ('fake', 'synthetic')) if s == 'data' or args.fake}
+    counts = {s: len(arm_slices(args, a)[0]) for s, a in (('data', 'real'), ('fake', 'synthetic'), ('gated', 'gated')) if getattr(args, s)}
     if (out / 'study.json').exists():
         old = json.loads((out / 'study.json').read_text())
         changed = [f'--{k.replace("_", "-")} {now[k]} (was {old[k]})' for k in STUDY if old[k] != now[k]]
@@ -960,8 +963,8 @@ def downstream(args):
                  for k in keys for m in METRICS}), indent=1).encode())
     arms_png(out / 'arms.png', values, summary)
     pair = next(([a, b] for b, a in (('both_aug', 'real_aug'), ('both', 'real')) if {a, b} <= found.keys()), args.arms[:2])
-    score = np.nan_to_num(np.mean([dice(found[a], truth) for a in pair], 0), nan=2)
-    order = np.argsort(score, kind='stable')[:int(truth.any((1, 2)).sum())]
+    order = np.flatnonzero(truth.any((1, 2)))
+    order = order[np.argsort(np.mean([dice(found[a], truth)[order] for a in pair], 0), kind='stable')]
     show, zoom = np.concatenate([order[:5], order[len(order) // 2 - 2:][:5]]), max(1, 128 // args.size)
     save_grid(out / 'slices.png', [[outline(images[i, 0], m[i], c, zoom) for i in show] for m, c in
                                    ((truth, (255, 80, 60)), *((found[a], (80, 220, 90)) for a in pair))], ['truth', *pair], zoom)
