@@ -86,6 +86,14 @@ def numbers(kind, low=-math.inf, high=math.inf):
     return lambda text: tuple(one(part) for part in text.split(','))
 
 
+def two_files(text):
+    """An argparse type: the names of two files of a patient, as t1_pre,t1_gd."""
+    names = tuple(text.split(','))
+    if len({*names}) != 2 or len(names) != 2 or not all(re.fullmatch(r'\w+', n) for n in names) or 'seg' in names:
+        raise argparse.ArgumentTypeError(f'{text!r}: expected two different images of a patient, the first without contrast agent, as t1_pre,t1_gd')
+    return names
+
+
 def rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
@@ -1695,14 +1703,14 @@ def prune(net, process, args, x_0, mask=None, context=None, extra=None):
 class Space(nn.Module):
     """Where a process acts: x_0 = encode(image), image = decode(x_0), and a mask as channels on the grid of x_0.
 
-    about: none for pixels, where nothing is done. For Haar bands: shift and scale (C,), each band's mean and standard deviation
+    about: none for pixels, where nothing is done (channels: of an image, 2 with --dual). For Haar bands: shift and scale (C,), each band's mean and standard deviation
     over the training slices, so that every band has the same SNR at a time t. For latents (always the posterior's mean) the same of
     each channel, and args, weights, hash of the autoencoder: a run stores all of it and needs no other file.
     """
 
-    def __init__(self, about=None):
+    def __init__(self, about=None, channels=1):
         super().__init__()
-        self.about, self.channels, self.factor, self.autoencoder = about, 1, (1, 1), None
+        self.about, self.channels, self.factor, self.autoencoder = about, channels, (1, 1), None
         if about and 'weights' in about:
             self.autoencoder, self.factor = build_autoencoder(argparse.Namespace(**about['args']))
             self.autoencoder.load_state_dict(about['weights'])
@@ -1727,7 +1735,7 @@ class Space(nn.Module):
         return haar(images) if self.autoencoder is None else self.autoencoder.encode(images)[0]
 
     def encode(self, images):
-        """images (B,1,S,S) in [-1,1] -> x_0 (B,channels,S/factor,S/factor)."""
+        """images (B,1,S,S), of a pair (B,2,S,S), in [-1,1] -> x_0 (B,channels,S/factor,S/factor)."""
         return (self.transform(images) - self.shift) / self.scale if self.about else images
 
     def decode(self, x_0):
@@ -2358,7 +2366,7 @@ PRESETS = {
 MODELS = {'unet': ('channels', 'attention', 'layers', 'head_channels', 'norm_groups'),      # and the flags that shape each
           **dict.fromkeys(('dit', 'mmdit', 'mamba'), ('model_size', 'patch', 'width', 'depth', 'heads'))}
 YOUNGER = dict(model='unet', patch=None, width=None, depth=None, heads=None, p_uncond=0.0, controllable=False, sparse24=False, checkpointing=False,
-               progressive=None)                                                            # flags that older runs do not hold
+               progressive=None, dual=None)                                                            # flags that older runs do not hold
 # May differ when a run goes on; everything else must be as it was.
 FREE = {'device', 'dtype', 'compile', 'checkpointing', 'dry_run', 'out', 'save_every', 'sample_every', 'keep_every', 'cache', 'data', 'minutes', 'lr_find',
         'perceptual_weights', 'lpips_weights', 'init', 'split', 'bravo', 'reward'}
@@ -2982,7 +2990,7 @@ def load_run(path, device='cpu', dtype='fp32', weights='ema'):
         tensors = {k: v.lerp(state['ema'][k], weights) if v.is_floating_point() else v for k, v in tensors.items()}
     net.load_state_dict(tensors)
     args.dtype, process = dtype, build_process(args)
-    process.space = Space(state.get('space')).to(device)
+    process.space = Space(state.get('space'), state['out_channels']).to(device)
     return argparse.Namespace(net=net.to(device, memory_format=torch.channels_last).eval(), process=process,
                               args=args, step=state['step'], box=tuple(state['box']), spacing=tuple(state['spacing']),
                               hash=weights_hash(tensors), path=str(path))

@@ -305,10 +305,10 @@ class Masks:
     groups: lists of masks, each used in turn: one, or with --per-patient (which sets --n) one for each patient.
     """
 
-    def __init__(self, args, size, box):
+    def __init__(self, args, size, box, names):
         self.args, items = args, []
         if args.data:
-            data = load_slices(args.data, size, ('bravo',), box, args.split, args.cache)
+            data = load_slices(args.data, size, names, box, args.split, args.cache)
             rows = data.rows(args.part, args.empty_slices, args.seed)
             rows = rows[torch.randperm(len(rows), generator=generator(args.seed, 'order')).numpy()]
             items = [(data.masks[r, 0], data.table[r]['level'], data.table[r]['source'] or data.table[r]['patient'],
@@ -423,7 +423,7 @@ class Set:
         self.headers = {'manifest': HEADER + JUDGED, 'rejected': REJECTED} if judge.on else {'manifest': HEADER}
         same = {k: v for k, v in plain(args).items() if k not in ('n', 'batch_size', 'device', 'compile', 'out', 'cache', 'max_draws', 'rate')}
         same.update({k: r.hash for k, r in runs.items()}, pixels=last.args.size, box=list(last.box), per_patient=bool(args.per_patient) or None,
-                    gate=judge.detector and judge.detector.hash,
+                    gate=judge.detector and judge.detector.hash, dual=last.args.dual,
                     asked=[[[None if math.isnan(v) else round(float(v), 6) for v in lesion] for lesion in r] for r in requests])
         note = self.out / 'sample.json'
         if note.exists():
@@ -539,17 +539,17 @@ def plot_steps(path, traces, args, guidance):
     print0(f'adaptive: {np.mean(forwards):.1f} forwards an image ({min(forwards):.0f} to {max(forwards):.0f}); look at {path}')
 
 
-def write_item(out, folder, image, mask, spacing, steps):
-    """One patient to disk: image (S,S) or None, mask (S,S), steps of --save-at as lists of t, x_t, x0_hat."""
+def write_item(out, folder, names, images, mask, spacing, steps):
+    """One patient to disk: images (C,S,S) of these names or None, mask (S,S), steps of --save-at as lists of t, x_t, x0_hat."""
     zoom = max(1, 128 // mask.shape[-1])
-    show = mask * 2 - 1 if image is None else image
-    files = {'preview.png': grid_png([[show, outline(show, mask, zoom=zoom)]], zoom=zoom)}
+    show = [mask * 2 - 1] if images is None else images
+    files = {'preview.png': grid_png([[*show, outline(show[-1], mask, zoom=zoom)]], zoom=zoom)}
     if steps:
         t, x_t, x_0 = zip(*steps)
         buffer = io.BytesIO()
         np.savez_compressed(buffer, t=np.float32(t), x_t=np.float32(x_t), x0_hat=np.float32(x_0))
         files |= {'trajectory.npz': buffer.getvalue(), 'trajectory.png': grid_png([x_t, x_0], ['x_t', 'x0_hat'], zoom)}
-    write_patient(out / folder, {} if image is None else {'bravo': image}, mask, spacing, files)
+    write_patient(out / folder, {} if images is None else dict(zip(names, images)), mask, spacing, files)
 
 
 @torch.no_grad()
@@ -577,8 +577,12 @@ def main(args):
         fail(f'--count and --requests: {runs["seg"].path} was trained without --controllable')
     if args.seg and not requests and runs['seg'].args.controllable and not runs['seg'].args.p_uncond:
         fail(f'--seg {runs["seg"].path}: was trained with --controllable and no --p-uncond, so it must be told what to draw; give --count or --requests')
+    names = tuple(main_run.args.dual or ('bravo',))
+    judged = names.index('bravo') if 'bravo' in names else -1                          # the image of a pair that a detector and analysis.py look at
+    if judged < 0 and (args.gate or args.reject_copies):
+        fail(f'--gate and --reject-copies judge bravo images; {main_run.path} makes {" and ".join(names)}')
     judge = Judge(args, main_run, device)
-    masks = Masks(args, main_run.args.size, main_run.box)
+    masks = Masks(args, main_run.args.size, main_run.box, names)
     name, ts, _ = solver(main_run, args, args.steps if args.bravo else args.seg_steps)
     if args.save_at:
         keep_steps(args.save_at, ts, [], None)                                         # fails now, not after the first batch
@@ -621,18 +625,18 @@ def main(args):
            + (f'; kept where p(bad) < {judge.threshold:.4g}' if judge.threshold < 2 else '') + (f'; a copy above {judge.cut:.4f}' if judge.cut < 2 else ''))
 
     def candidate(c, batch, mask, level, about):
-        """Candidate c of the round of each patient: a list of dicts of its number, image (S,S) or None, steps for --save-at, score, table row."""
+        """Candidate c of the round of each patient: a list of dicts of its number, images (C,S,S) or None, steps for --save-at, score, table row."""
         numbers_, images, steps, trace = [r * N + c for _, r in batch], None, [], []
         if args.bravo:
             callback = keep_steps(args.save_at, ts, steps, main_run.process) if args.save_at else None
             keys = [(i, n) if n else (i,) for (i, _), n in zip(batch, numbers_)]
             x_0 = draw(main_run, args, keys, 'image', args.steps, mask, level, callback, None, trace)
-            images = main_run.process.from_range(x_0).clamp(-1, 1).cpu().numpy()[:, 0]
-            steps = [(t, x[:, 0].numpy(), x_0[:, 0].numpy()) for t, x, x_0 in steps] + ([(0.0, images, images)] if 0 in (args.save_at or ()) else [])
+            images = main_run.process.from_range(x_0).clamp(-1, 1).cpu().numpy()
+            steps = [(t, x[:, judged].numpy(), x_0[:, judged].numpy()) for t, x, x_0 in steps] + [(0.0, images[:, judged], images[:, judged])] * (0 in (args.save_at or ()))
             traces.extend([[torch.stack(v) for v in zip(*trace)]] if trace else [])
-        scores, found = judge(images, mask.cpu().numpy()[:, 0]) if judge.on else [None] * len(batch), []
+        scores, found = judge(images[:, judged], mask.cpu().numpy()[:, 0]) if judge.on else [None] * len(batch), []
         for b, n in enumerate(numbers_):
-            new = dict(number=n, image=None if images is None else images[b], steps=[(t, x[b], x_0[b]) for t, x, x_0 in steps], score=scores[b], row=[])
+            new = dict(number=n, images=None if images is None else images[b], steps=[(t, x[b], x_0[b]) for t, x, x_0 in steps], score=scores[b], row=[])
             if judge.on:
                 mm = lesion_records(mask[b, 0].cpu().numpy())[:, 0] * mask.shape[-1] * sum(about[b][2]) / 2
                 new['row'] = [n, *('' if math.isnan(v) else f'{v:.6f}' for v in scores[b]), len(mm), ';'.join(f'{d:.2f}' for d in mm)]
@@ -654,10 +658,10 @@ def main(args):
                 made.add('rejected', [i, args.seed, condition, source, int(m.sum()), *v['row'], reason])
             if why:
                 queue.extend([(i, r + 1)] if r + 1 < cap else [])
-                shown.extend([(best['image'], m)] if len(shown) < 16 else [])
+                shown.extend([(best['images'], m)] if len(shown) < 16 else [])
             else:
                 folder = f'syn_{args.seed}_{i:06d}'
-                write_item(out, folder, best['image'], m, spacing, best['steps'])
+                write_item(out, folder, names, best['images'], m, spacing, best['steps'])
                 made.add('manifest', [folder, i, args.seed, condition, source, f'{z:.4f}', int(m.sum()), name, len(ts) - 1,
                                       *(runs[k].hash if k in runs else '' for k in ('bravo', 'seg')), *best['row']])
                 kept += 1
@@ -672,12 +676,12 @@ def main(args):
     if rank() == 0:
         first = [out / r['folder'] for r in rows[:16]]
         m = [read_nifti(f / 'seg.nii.gz')[0][0] for f in first]
-        a = [read_nifti(f / 'bravo.nii.gz')[0][0] for f in first] if args.bravo else [x * 2.0 - 1 for x in m]
+        a = [[read_nifti(f / f'{n}.nii.gz')[0][0] for n in names] if args.bravo else [x * 2.0 - 1] for f, x in zip(first, m)]
         zoom = max(1, 128 // main_run.args.size)
         for file, pairs in (('grid.png', list(zip(a, m))), ('rejected.png', shown)):
-            pairs = [(x, outline(x, y, zoom=zoom)) for x, y in pairs]
+            pairs = [(*x, outline(x[-1], y, zoom=zoom)) for x, y in pairs]
             if pairs:
-                save_grid(out / file, [[p[k] for p in pairs[r:r + 8]] for r in range(0, len(pairs), 8) for k in (0, 1)], None, zoom)
+                save_grid(out / file, [column for r in range(0, len(pairs), 8) for column in zip(*pairs[r:r + 8])], None, zoom)
         empty = sum(int(r['tumour_pixels']) == 0 for r in rows)
         if name == 'adaptive' and args.bravo and kept:
             plot_steps(out / 'steps.png', traces, args, guidance)
