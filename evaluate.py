@@ -684,6 +684,27 @@ def read_readings(out, files):
     return names, items, got, key
 
 
+def grades_table(args, items, got, key):
+    """Rows of HEADER, generated beside real: got (readers, items, grade) of matched pairs of images; intervals over readers and pairs."""
+    matched = {}
+    for n, i in enumerate(items):
+        for t, r in key[i].items():
+            matched.setdefault(r['pair'], {})[t] = n
+    grades = got[:, np.array([[m['generated'], m['real']] for m in matched.values()], int).reshape(-1, 2)]          # (readers, pairs, generated | real, grade)
+    grades = np.where(np.isfinite(grades).all(2, keepdims=True), grades, math.nan)                                # a pair counts where both are graded
+    if not np.isfinite(grades).any():
+        return []
+
+    def means(k):
+        """Means of both sides, of all (k None) or of readers and pairs drawn with replacement."""
+        who, some = (np.arange(n) if k is None else torch.randint(n, (n,), generator=generator(args.seed, 'grades', k, axis)).numpy()
+                     for axis, n in enumerate(grades.shape[:2]))
+        v = grades[np.ix_(who, some)].reshape(-1, 2, len(GRADES))
+        return [dict(zip(GRADES, np.nanmean(v[:, side], 0) if np.isfinite(v).any() else [math.nan] * len(GRADES))) for side in (0, 1)]
+
+    return intervals(GRADES, means(None), [means(k) for k in range(args.repeats)])
+
+
 def score_readers(args, out):
     """readers.csv: of each reader, and of all, right answers with the tests, AUC, d', agreement; metrics.csv: grades; roc.png, hardest.png."""
     files = [f for f in (out / 'answers.csv', *map(Path, args.answers)) if f.exists()]
@@ -738,24 +759,8 @@ def score_readers(args, out):
         print0(f'{who[:14]:15}{what:29}{n:5}{value:8.3f}  ' + (f'[{cell(v[0], 6)}, {cell(v[1], 6)}]' if v[0] != '' else ' ' * 16) + f'{cell(v[2], 17)}{cell(v[3], 22)}')
     write_csv(out / 'readers.csv', header, table)
 
-    place = {i: n for n, i in enumerate(items['grade'])}
-    matched = {}
-    for i in items['grade']:
-        for t, r in key[i].items():
-            matched.setdefault(r['pair'], {})[t] = place[i]
-    sides = np.array([[m['generated'], m['real']] for m in matched.values()], int).reshape(-1, 2)
-    grades = got['grade', '0'][:, sides]                                                               # (readers, matched pairs, generated | real, grade)
-    grades = np.where(np.isfinite(grades).all(2, keepdims=True), grades, math.nan)                     # a pair counts where both are graded
-
-    def measure(who, some, side):
-        v = grades[np.ix_(who, some)][:, :, side].reshape(-1, len(GRADES))
-        return dict(zip(GRADES, np.nanmean(v, 0) if np.isfinite(v).any() else [math.nan] * len(GRADES)))
-
-    every, graded = np.arange(len(names)), np.arange(len(sides)) if np.isfinite(grades).any() else []
-    rolls = [[(torch.randint(len(v), (len(v),), generator=generator(args.seed, 'grades', k, n)).numpy()) for n, v in enumerate((every, graded))]
-             for k in range(args.repeats)] if len(graded) else []
-    report(out, intervals(GRADES, [measure(every, graded, s) for s in (0, 1)], [[measure(*r, s) for s in (0, 1)] for r in rolls]) if len(graded) else [],
-           dict(readers=names, answers=int(sum(np.isfinite(v[..., 0]).sum() for v in got.values())), table=[dict(zip(header, r)) for r in table]), ('generated', 'real'))
+    report(out, grades_table(args, items['grade'], got['grade', '0'], key), dict(
+        readers=names, answers=int(sum(np.isfinite(v[..., 0]).sum() for v in got.values())), table=[dict(zip(header, r)) for r in table]), ('generated', 'real'))
     rates = lambda r, side: [float((level[r][side & ~np.isnan(level[r])] >= c).mean()) if (side & ~np.isnan(level[r])).any() else math.nan for c in range(1, 8)]
     plot(out / 'roc.png', {'chance': ([0, 1], [0, 1]), **{n: (rates(r, ~truth), rates(r, truth)) for r, n in enumerate(names)}}, 'real or generated, by confidence',
          'generated called real', 'real called real')
@@ -766,7 +771,7 @@ def score_readers(args, out):
             rows[f'{kind}: {what}'] = [np.asarray(Image.open(io.BytesIO(base64.b64decode(pictures[p]))).convert('RGB').resize((128, 128))) for _, p in sorted(share)[:8]]
     if rows:
         save_grid(out / 'hardest.png', list(rows.values()), list(rows))
-    print0(f'look at {out}/roc.png and {out}/hardest.png, the images that readers were most often wrong about')
+    print0(f'look at {out}/roc.png, and {out}/hardest.png: the images that readers were most often wrong about')
 
 
 def readers(args):
