@@ -235,21 +235,6 @@ def release(args):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def read_answers(folders):
-    """Answers of label folders, one for each rater, image and repeat (the last counts): dicts of LABELS, and z, the slice."""
-    out = []
-    for folder in map(Path, folders):
-        rows = read_csv(folder / 'labels.csv')
-        if not rows or not {*LABELS} <= rows[0].keys():
-            fail(f'--answers {folder}: its labels.csv holds ' + (f'other columns than {",".join(LABELS)}' if rows else 'no answer'))
-        z = {r['item']: int(r['z']) for r in read_csv(folder / 'items.csv')} if (folder / 'items.csv').exists() else {}
-        out += [dict(r, z=z.get(r['item'], 0)) for r in {(r['rater'], r['item'], r['repeat']): r for r in rows}.values()]
-    wrong = [r for r in out if r['verdict'] not in ('good', 'bad', 'unsure') or r['class'] not in ('', *CLASSES)]
-    if wrong:
-        fail(f'--answers: verdict {wrong[0]["verdict"]!r}, class {wrong[0]["class"]!r}; expected good, bad, unsure and {", ".join(CLASSES)}')
-    return out
-
-
 def verdicts(answers, fake):
     """{folder: bad} of the images of a set, by the majority of raters, and how many images they left undecided. Repeats are no second vote."""
     votes = {}
@@ -258,12 +243,6 @@ def verdicts(answers, fake):
             votes.setdefault(r['folder'], Counter())[r['verdict']] += 1
     told = {f: v['bad'] > v['good'] for f, v in votes.items() if v['bad'] != v['good']}
     return told, len(votes) - len(told)
-
-
-def upper_tail(x, n, p):
-    """P(X >= x) for X ~ Binomial(n, p), 0 < p < 1, exactly."""
-    term = lambda k: math.exp(math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) + k * math.log(p) + (n - k) * math.log1p(-p))
-    return min(1.0, sum(map(term, range(x, n + 1)))) if x else 1.0
 
 
 def tarone(x, n):
@@ -320,20 +299,6 @@ def patients(args):
 # ---------------------------------------------------------------------------------------------------------------------
 # taxonomy
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def agreement(counts, marginals=None):
-    """Agreement of raters: counts (N,J), how many of the m >= 2 raters of an image chose each of J answers. Dict of po, pe, kappa, ac1.
-
-    po: share of pairs of raters that agree. kappa: Fleiss 1971, with the raters' own shares `marginals` (2,J) for chance Cohen 1960.
-    ac1: Gwet 2008, chance sum p (1 - p) / (J - 1), which a rare answer does not upset. nan where chance alone always agrees.
-    """
-    m = counts.sum(1)
-    po = float(np.mean(((counts ** 2).sum(1) - m) / (m * (m - 1))))
-    share = (counts / m[:, None]).mean(0)
-    pe = float((share ** 2).sum() if marginals is None else (marginals[0] * marginals[1]).sum())
-    by_chance = float((share * (1 - share)).sum() / (counts.shape[1] - 1))
-    return dict(po=po, pe=pe, kappa=(po - pe) / (1 - pe) if pe < 1 else math.nan, ac1=(po - by_chance) / (1 - by_chance))
 
 
 def agreement_row(name, columns, answers, repeats):

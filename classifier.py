@@ -2,6 +2,7 @@
 
   python classifier.py corrupt --data DIR                       six families of graded faults in real images, as a labelled set
   python classifier.py label --sets runs/synthetic              a page in your browser; every answer is on disk at once
+  python classifier.py label --study runs/readers               the page of a blinded reader study (evaluate.py readers plan)
   python classifier.py train --data DIR --answers runs/label    the detector that selects (--part judge: the one that reports)
   python classifier.py score --data runs/synthetic --detector runs/detector
   python classifier.py train --minutes 1                        the built-in phantom, corruptions only
@@ -9,7 +10,7 @@
 A detector knows real slices as good, faults made anew every step as bad, and whatever people said about generated images.
 Two are needed: one that selects, from training patients, and one that reports, from judge patients, with another seed.
 """
-import fcntl, http.server, secrets, threading
+import base64, fcntl, http.server, secrets, threading
 from datetime import datetime, timezone
 from urllib.parse import parse_qs, urlsplit
 
@@ -26,7 +27,8 @@ def get_args(argv=None):
         c = commands.add_parser(name, help=told)
         g = c.add_argument_group('data')
         if name == 'label':
-            g.add_argument('--sets', nargs='+', required=True, metavar='DIR', help='generated sets or real patients, shown mixed and blind')
+            g.add_argument('--sets', nargs='+', metavar='DIR', help='generated sets or real patients, shown mixed and blind')
+            g.add_argument('--study', metavar='DIR', help='instead: serve the study that evaluate.py readers plan left there')
             g.add_argument('--n', type=number(int, 1), default=500, help='images at most, drawn at random')
         else:
             g.add_argument('--data', nargs='+', required=name == 'score', metavar='DIR', help='folders with one folder a patient'
@@ -84,6 +86,14 @@ def get_args(argv=None):
                 fail(f'--answers {root}: holds no labels.csv; give a folder of classifier.py label or corrupt')
             if flag == 'data' and args.command in ('corrupt', 'train') and (Path(root) / 'manifest.csv').exists():
                 fail(f'--data {root}: is a generated set, which is neither real nor known to be good; label it, then --answers')
+    if args.command == 'label':
+        if bool(args.sets) == bool(args.study):
+            fail('label: one of --sets and --study is required')
+        if args.study and not (Path(args.study) / 'study.json').is_file():
+            fail(f'--study {args.study}: holds no study.json; give a folder of evaluate.py readers plan')
+        if args.study and (args.n, args.size, args.again, args.seed, args.out) != (500, None, 0.1, 0, 'runs/label'):
+            fail('--study: was planned with its own images, order and folder; leave --n, --size, --again, --seed and --out away')
+        args.out = args.study or args.out
     if getattr(args, 'split', None) and not Path(args.split).is_file():
         fail(f'--split {args.split}: no such file; expected a CSV with columns patient,part')
     if Path(args.out).exists() and not Path(args.out).is_dir():
@@ -102,13 +112,6 @@ def get_args(argv=None):
         fail('--prior 1.0: must be below 1')
     args.dtype = 'fp32'
     return args
-
-
-def rater_name(text):
-    """An argparse type: a name that is safe in a table."""
-    if not re.fullmatch(r'\w[\w .-]{0,39}', text):
-        raise argparse.ArgumentTypeError(f'{text!r} is no name of 1 to 40 letters, digits, spaces, dots, dashes')
-    return text
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -355,27 +358,24 @@ def corrupt(args):
 class Study:
     """Images in an order of each rater's own, some of them twice, and answers, which are on disk before anybody goes on."""
 
+    file, header = 'labels.csv', LABELS
+
     def __init__(self, out, items, seed, again, rater=None):
-        self.path, self.items, self.seed, self.again, self.rater = Path(out) / 'labels.csv', items, seed, again, rater
+        self.path, self.items, self.seed, self.again, self.rater = Path(out) / self.file, items, seed, again, rater
         self.lock, self.orders, self.answers = threading.Lock(), {}, {}
         if not self.path.exists():
-            write_csv(self.path, LABELS, [])
+            write_csv(self.path, self.header, [])
         raw = self.path.read_bytes()
         if not raw.endswith(b'\n'):                                      # cut off while it was written: nobody was told that it was saved
             print0(f'{self.path}: its last line is not whole and is dropped')
             atomic_write(self.path, raw[:raw.rfind(b'\n') + 1])
         for r in read_csv(self.path):
-            self.answers[r['rater'], r['item'], int(r['repeat'])] = r
+            self.answers[r[self.header[0]], r['item'], int(r['repeat'])] = r
 
     def order(self, rater):
         """The sequence of (item, repeat) for a rater: seeded by the name. A repeat comes at least 20 other images later."""
         if rater not in self.orders:
-            g, n = generator(self.seed, 'order', rater), len(self.items)
-            items = [sorted(self.items)[i] for i in torch.randperm(n, generator=g).tolist()]
-            gap = min(20, n // 2)
-            twice = torch.randperm(n - gap, generator=g)[:round(self.again * n)].tolist()
-            later = [(p + gap + 0.5 + float(torch.rand((), generator=g)) * (n - gap - p), items[p], 1) for p in twice]
-            self.orders[rater] = [(item, repeat) for _, item, repeat in sorted([*((i, item, 0) for i, item in enumerate(items)), *later])]
+            self.orders[rater] = reading_order(self.items, self.again, generator(self.seed, 'order', rater))
         return self.orders[rater]
 
     def state(self, rater, at=None):
@@ -385,7 +385,7 @@ class Study:
         at = done if at is None else min(max(at, 0), done)
         state = dict(rater=rater, at=at, done=done, total=len(order))
         if at == len(order):
-            return dict(state, text='\n'.join(agreement(self.answers.values())))
+            return dict(state, text='\n'.join(summary(self.answers.values())))
         item, was = order[at][0], self.answers.get((rater, *order[at]), {})
         return dict(state, item=item, outline=self.items[item]['outline'], size=self.items[item]['size'],
                     was=' '.join(was[k] for k in ('verdict', 'class', 'severity') if was.get(k)))
@@ -393,7 +393,7 @@ class Study:
     def answer(self, a):
         """Checks one answer of the page and puts it on disk. Returns the next state, or a word about what is wrong."""
         rater, at, seconds = a.get('rater'), a.get('at'), a.get('seconds')
-        if not isinstance(rater, str) or not re.fullmatch(r'\w[\w .-]{0,39}', rater) or self.rater not in (None, rater):
+        if not self.knows(rater):
             return 'no such rater'
         if type(at) is not int or type(seconds) not in (int, float) or not 0 <= seconds < 1e6:
             return 'at or seconds is no number'
@@ -407,25 +407,65 @@ class Study:
                 return 'this image is not the one to be answered; load the page again'
             where = self.items[a['item']]
             row = [rater, a['item'], where['set'], where['folder'], a['verdict'], a['class'], str(a['severity']), f'{seconds:.2f}',
-                   str(order[at][1]), datetime.now(timezone.utc).isoformat(timespec='seconds')]
-            line = io.StringIO()
-            csv.writer(line, lineterminator='\n').writerow(row)
-            with open(self.path, 'ab') as f:
-                f.write(line.getvalue().encode())
-                f.flush()
-                os.fsync(f.fileno())
-            self.answers[rater, a['item'], order[at][1]] = dict(zip(LABELS, row))
-            return self.state(rater)
+                   str(order[at][1])]
+            return self.save(rater, *order[at][:2], row)
+
+    def knows(self, rater):
+        return isinstance(rater, str) and re.fullmatch(r'\w[\w .-]{0,39}', rater) and self.rater in (None, rater)
+
+    def save(self, rater, item, repeat, row):
+        """Puts a row and the time on disk. Returns the next state."""
+        line, row = io.StringIO(), [*row, datetime.now(timezone.utc).isoformat(timespec='seconds')]
+        csv.writer(line, lineterminator='\n').writerow(row)
+        with open(self.path, 'ab') as f:
+            f.write(line.getvalue().encode())
+            f.flush()
+            os.fsync(f.fileno())
+        self.answers[rater, item, repeat] = dict(zip(self.header, row))
+        return self.state(rater)
 
 
-def kappa(a, b):
-    """Cohen's kappa of two lists of words, and the share that agrees. nan where chance alone would always agree."""
-    share = np.mean([x == y for x, y in zip(a, b)])
-    chance = sum(a.count(c) * b.count(c) for c in {*a, *b}) / len(a) ** 2
-    return (share - chance) / (1 - chance) if chance < 1 else math.nan, share
+class Reading(Study):
+    """A reader study (evaluate.py readers plan): one way, every item answered once in its turn; nobody here knows what is real."""
+
+    file, header = 'answers.csv', READINGS
+
+    def __init__(self, out, plan, rater=None):
+        super().__init__(out, plan['items'], plan['seed'], None, rater)
+        self.plan = plan
+
+    def order(self, rater):
+        if rater not in self.orders:
+            self.orders[rater] = study_order(self.plan, rater)
+        return self.orders[rater]
+
+    def state(self, rater, at=None):
+        """The first item without an answer; there is no way back."""
+        order = self.order(rater)
+        at = next((i for i, key in enumerate(order) if (rater, *key[:2]) not in self.answers), len(order))
+        if at == len(order):
+            return dict(rater=rater, at=at, total=at)
+        item, repeat, turned = order[at]
+        about = self.items[item]
+        return dict(rater=rater, at=at, total=len(order), item=item, repeat=repeat, **{**about, 'pictures': about['pictures'][::-1 if turned else 1]})
+
+    def answer(self, a):
+        rater, answer, sure, ms = (a.get(k) for k in ('rater', 'answer', 'confidence', 'ms'))
+        if not self.knows(rater):
+            return 'no such rater'
+        with self.lock:
+            now = self.state(rater)
+            kind = now.get('kind')
+            if not kind or type(a.get('at')) is not int or (a['at'], a.get('item')) != (now['at'], now['item']):
+                return 'this is not the item to be answered; load the page again'
+            grades = r'[1-5](;[1-5]){%d}' % (len(self.plan['grades']) - 1)
+            good = isinstance(answer, str) and (answer in ('real', 'generated') if kind == 'real' else answer in now['pictures'] if kind == 'pair' else re.fullmatch(grades, answer))
+            if not good or type(sure) is not (int if kind == 'real' else str) or sure not in ((1, 2, 3) if kind == 'real' else ('',)) or type(ms) is not int or not 0 <= ms < 1e9:
+                return 'answer, confidence or ms is none of those on the page'
+            return self.save(rater, now['item'], now['repeat'], [rater, now['at'], now['item'], now['repeat'], answer, sure, ms])
 
 
-def agreement(rows):
+def summary(rows):
     """Lines about answers: counts of each rater, agreement with oneself and with each other (good, bad or unsure)."""
     first = {}
     for r in rows:
@@ -436,13 +476,13 @@ def agreement(rows):
         count = Counter(mine.values())
         told.append(f'{rater}: {len(mine)} images, ' + ', '.join(f'{count[v]} {v}' for v in ('good', 'bad', 'unsure')))
         if both := [i for i in again if i in mine]:
-            k, share = kappa([mine[i] for i in both], [again[i] for i in both])
-            told.append(f'{rater}, the same image again: {share:.0%} alike, kappa {k:.2f} ({len(both)} images)')
+            told.append('{}, the same image again: {po:.0%} alike, kappa {kappa:.2f} ({} images)'.format(
+                rater, len(both), **agree([mine[i] for i in both], [again[i] for i in both])))
     for i, one in enumerate(raters):
         for other in raters[i + 1:]:
             if both := [k for k in first.get((one, 0), {}) if k in first.get((other, 0), {})]:
-                k, share = kappa(*([first[r, 0][item] for item in both] for r in (one, other)))
-                told.append(f'{one} and {other}: {share:.0%} alike, kappa {k:.2f} ({len(both)} images)')
+                told.append('{} and {}: {po:.0%} alike, kappa {kappa:.2f} ({} images)'.format(
+                    one, other, len(both), **agree(*([first[r, 0][item] for item in both] for r in (one, other)))))
     return told or ['no answers yet']
 
 
@@ -534,7 +574,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 def label(args):
-    """Serves the page until Ctrl-C. labels.csv holds the answers, items.csv what each opaque item is (the page never knows)."""
+    """Serves the page until Ctrl-C. labels.csv (of a study answers.csv) holds the answers, items.csv what each opaque item is (the page never knows)."""
+    if args.study:
+        plan = json.loads((Path(args.study) / 'study.json').read_text())
+        pictures = {f'image/{p}.png': base64.b64decode(data) for p, data in plan['pictures'].items()}
+        return serve(args, pictures, (Path(args.study) / 'page.html').read_text(), lambda: Reading(args.out, plan, args.rater), lambda study: [f'{len(study.answers)} answers'])
     out, size, box = Path(args.out), args.size, None
     for root in map(Path, args.sets):
         if (root / 'manifest.csv').exists():
@@ -543,12 +587,6 @@ def label(args):
             size = size or read_nifti(find_patients([root], ('bravo', 'seg'))[0]['files']['bravo'])[0].shape[-1]
     data = load_slices(args.sets, size or 128, box=box, cache=args.cache, training=False)
     rows = np.sort(torch.randperm(len(data.table), generator=generator(args.seed, 'items')).numpy()[:args.n])
-    out.mkdir(parents=True, exist_ok=True)
-    lock = open(out / 'lock', 'w')
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        fail(f'--out {out}: another classifier.py label is serving it; stop that one first')
     items, pictures = {}, {}
     for i in rows:
         t, image, mask = data.table[i], data.images[i, 0], data.masks[i, 0]
@@ -557,31 +595,46 @@ def label(args):
         Image.fromarray(to_rgb(image)[..., 0]).save(buffer, 'PNG')
         pictures[f'image/{name}.png'] = buffer.getvalue()
         items[name] = dict(set=t['root'], folder=t['folder'], z=t['z'], outline=border(mask), size=image.shape[0])
-    known = {r['item']: r for r in read_csv(out / 'items.csv')} if (out / 'items.csv').exists() else {}
-    of = {(r['set'], r['folder'], r['z']): name for name, r in known.items()}
-    for name, r in items.items():
-        if of.get((r['set'], r['folder'], str(r['z'])), name) != name:
-            fail(f'--out {out}: the images of {r["set"]}, --seed or --size have changed since they were labelled there; give another --out')
-    header = ['item', 'set', 'folder', 'z']
-    write_csv(out / 'items.csv', header, [[n, *(r[h] for h in header[1:])] for n, r in sorted({**known, **items}.items())])
-    study = Study(out, items, args.seed, args.again, args.rater)
     shown = example()
     pictures.update({f'example/{c}.png': strip(c, *shown) for c in CLASSES})
+
+    def start():
+        known = {r['item']: r for r in read_csv(out / 'items.csv')} if (out / 'items.csv').exists() else {}
+        of = {(r['set'], r['folder'], r['z']): name for name, r in known.items()}
+        for name, r in items.items():
+            if of.get((r['set'], r['folder'], str(r['z'])), name) != name:
+                fail(f'--out {out}: the images of {r["set"]}, --seed or --size have changed since they were labelled there; give another --out')
+        header = ['item', 'set', 'folder', 'z']
+        write_csv(out / 'items.csv', header, [[n, *(r[h] for h in header[1:])] for n, r in sorted({**known, **items}.items())])
+        return Study(out, items, args.seed, args.again, args.rater)
+
+    serve(args, pictures, PAGE.replace('CLASSES', json.dumps([[c, DEFINITIONS[c]] for c in CLASSES])), start, lambda study: summary(study.answers.values()))
+
+
+def serve(args, pictures, page, start, told):
+    """The page, its pictures {path: PNG} and the study that start() makes, until Ctrl-C; then prints the lines told(study)."""
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    lock = open(out / 'lock', 'w')
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        fail(f'--out {out}: another classifier.py label is serving it; stop that one first')
+    study = start()
     try:
         server = http.server.ThreadingHTTPServer(('127.0.0.1', args.port), Handler)
     except OSError as e:
         fail(f'--port {args.port}: cannot be used ({e.strerror}); leave it away for a free one')
-    server.daemon_threads, server.study, server.token, server.pictures = True, study, secrets.token_urlsafe(18), pictures
+    server.daemon_threads, server.study, server.token, server.pictures, server.page = True, study, secrets.token_urlsafe(18), pictures, page
     server.handle_error = lambda request, who: print0(f'a request ended early: {sys.exc_info()[1]!r}')
-    server.page = PAGE.replace('CLASSES', json.dumps([[c, DEFINITIONS[c]] for c in CLASSES]))
     stop = Stop()
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    print0(f'{len(items)} images. Open http://127.0.0.1:{server.server_port}/{server.token}/ on this machine; Ctrl-C ends, the same command goes on')
+    print0(f'{len(study.items)} images. Open http://127.0.0.1:{server.server_port}/{server.token}/ on this machine; Ctrl-C ends, the same command goes on')
     while not stop.signum:
         time.sleep(0.2)
     server.shutdown()
     stop.restore()
-    print0('\n'.join([f'{study.path}:', *agreement(study.answers.values())]))
+    print0('\n'.join([f'{study.path}:', *told(study)]))
 
 
 PAGE = r"""<!doctype html><meta charset=utf-8><title>Good or distorted?</title>
@@ -754,22 +807,15 @@ def ece_floor(p, draws=200):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def read_answers(folders, size, split, cache, box, labels=None):
+def judged_images(folders, size, split, cache, box, labels=None):
     """Judged images of label folders: images (N,1,S,S), masks, bad (N,) in {0,1}, kind (N,) in 0..5 or -1, patients, parts.
 
     Several raters: the majority of good and bad; ties and "unsure" are left out and counted. A repeat is not a second vote.
     """
     votes = {}
-    for folder in map(Path, folders):
-        at = {r['item']: int(r['z']) for r in read_csv(folder / 'items.csv')} if (folder / 'items.csv').exists() else {}
-        rows = read_csv(folder / 'labels.csv')
-        if not rows or not set(LABELS) <= rows[0].keys():
-            fail(f'--answers {folder}: its labels.csv holds ' + ('other columns than ' + ','.join(LABELS) if rows else 'no answer'))
-        last = {(r['rater'], r['item']): r for r in rows if r['repeat'] == '0'}
-        for r in last.values():
-            if r['verdict'] not in ('good', 'bad', 'unsure') or r['class'] not in ('', *CLASSES):
-                fail(f'--answers {folder}: verdict {r["verdict"]!r}, class {r["class"]!r}; expected good, bad, unsure and {", ".join(CLASSES)}')
-            votes.setdefault(r['set'], {}).setdefault((r['folder'], at.get(r['item'], 0)), []).append(r)
+    for r in read_answers(folders):
+        if r['repeat'] == '0':
+            votes.setdefault(r['set'], {}).setdefault((r['folder'], r['z']), []).append(r)
     images, masks, bad, kind, patients, parts, doubtful = [], [], [], [], [], [], 0
     for root, items in votes.items():
         if not Path(root).is_dir():
@@ -823,7 +869,7 @@ def train(args):
         if not len(rows):
             fail(f'--data {" ".join(map(str, roots))}: no slice of a {part} patient; see --split')
     rows, val = pools[args.part], pools['val'][batch_rows(len(pools['val']), min(256, len(pools['val'])), 0, args.seed)]
-    answers = read_answers(args.answers, args.size, args.split, args.cache, data.box, args.labels) if args.answers else None
+    answers = judged_images(args.answers, args.size, args.split, args.cache, data.box, args.labels) if args.answers else None
     judged = {k: np.flatnonzero((answers.part == args.part) & (answers.bad == k)) for k in (0, 1)} if answers else {0: [], 1: []}
     known = [f for f in CLASSES if f not in args.leave_out]
     print0(f'{out}: {args.device}' + (f', going on from step {state["step"]}' if state else '')

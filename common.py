@@ -11,7 +11,7 @@ Read it top to bottom; each section uses only those above it, so a section can b
   6  Samplers     ddpm, ddim, euler, heun, DPM-Solver++, adaptive steps, all on that closure
   7  Measures     Wilson's interval, correlation, MS-SSIM; pictures: grids of slices, line plots (Pillow only)
   8  Training     shared flags and presets, EMA, learning rate, LR finder, run folder, VGG16 features
-  9  Detector     finds distorted images: trained by classifier.py, used by whatever rejects, ranks or repairs
+  9  Judges       people: answers, orders, the page of a reader study; the detector of distorted images, used by whatever rejects or repairs
 
 Glossary (code name: the field's symbol)
   x_0   a clean image or mask, in [-1, 1]         x_t   the same with noise: x_t = alpha(t) x_0 + sigma(t) eps
@@ -84,6 +84,21 @@ def numbers(kind, low=-math.inf, high=math.inf):
     """An argparse type: comma-separated numbers, as a tuple."""
     one = number(kind, low, high)
     return lambda text: tuple(one(part) for part in text.split(','))
+
+
+def two_files(text):
+    """An argparse type: the names of two files of a patient, as t1_pre,t1_gd."""
+    names = tuple(text.split(','))
+    if len({*names}) != 2 or len(names) != 2 or not all(re.fullmatch(r'\w+', n) for n in names) or 'seg' in names:
+        raise argparse.ArgumentTypeError(f'{text!r}: expected two different images of a patient, the first without contrast agent, as t1_pre,t1_gd')
+    return names
+
+
+def rater_name(text):
+    """An argparse type: a name that is safe in a table."""
+    if not re.fullmatch(r'\w[\w .-]{0,39}', text):
+        raise argparse.ArgumentTypeError(f'{text!r} is no name of 1 to 40 letters, digits, spaces, dots, dashes')
+    return text
 
 
 def rank():
@@ -1900,16 +1915,16 @@ def prune(net, process, args, x_0, mask=None, context=None, extra=None):
 class Space(nn.Module):
     """Where a process acts: x_0 = encode(image), image = decode(x_0), and a mask as channels on the grid of x_0.
 
-    about: none for pixels, where nothing is done. For Haar bands: shift and scale (C,), each band's mean and standard deviation
+    about: none for pixels, where nothing is done (channels: of an image, 2 with --dual). For Haar bands: shift and scale (C,), each band's mean and standard deviation
     over the training slices, so that every band has the same SNR at a time t. For latents (always the posterior's mean) the same of
     each channel, and args, weights, hash of the autoencoder: a run stores all of it and needs no other file. depth: slices of a
     volume (--volume); images and masks are then (B,1,D,S,S), factors (z, y, x).
     """
 
-    def __init__(self, about=None, depth=None):
+    def __init__(self, about=None, depth=None, channels=1):
         super().__init__()
         self.dims, self.depth = 3 if depth else 2, (depth,) if depth else ()
-        self.about, self.channels, self.factor, self.autoencoder = about, 1, (1,) * self.dims, None
+        self.about, self.channels, self.factor, self.autoencoder = about, channels, (1,) * self.dims, None
         if about and 'weights' in about:
             self.autoencoder, self.factor = build_autoencoder(argparse.Namespace(**about['args']))
             self.autoencoder.load_state_dict(about['weights'])
@@ -1934,7 +1949,7 @@ class Space(nn.Module):
         return haar(images) if self.autoencoder is None else self.autoencoder.encode(images)[0]
 
     def encode(self, images):
-        """images (B,1,S,S) in [-1,1] -> x_0 (B,channels,S/factor,S/factor)."""
+        """images (B,1,S,S), of a pair (B,2,S,S), in [-1,1] -> x_0 (B,channels,S/factor,S/factor)."""
         return (self.transform(images) - self.shift) / self.scale if self.about else images
 
     def decode(self, x_0):
@@ -2445,12 +2460,38 @@ def holm(p):
     return out
 
 
+def upper_tail(x, n, p):
+    """P(X >= x) for X ~ Binomial(n, p), 0 < p < 1, exactly."""
+    term = lambda k: math.exp(math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) + k * math.log(p) + (n - k) * math.log1p(-p))
+    return min(1.0, sum(map(term, range(x, n + 1)))) if x else 1.0
+
+
 def auc(bad, good):
     """P(a bad image scores above a good one), ties half (Mann-Whitney). nan without one of either."""
     if not len(bad) or not len(good):
         return math.nan
     good = np.sort(good)
     return float((np.searchsorted(good, bad, 'left') + np.searchsorted(good, bad, 'right')).mean() / (2 * len(good)))
+
+
+def agreement(counts, marginals=None):
+    """Agreement of raters: counts (N,J), how many of the m >= 2 raters of an image chose each of J answers. Dict of po, pe, kappa, ac1.
+
+    po: share of pairs of raters that agree. kappa: Fleiss 1971, with the raters' own shares `marginals` (2,J) for chance Cohen 1960.
+    ac1: Gwet 2008, chance sum p (1 - p) / (J - 1), which a rare answer does not upset. nan where chance alone always agrees.
+    """
+    m = counts.sum(1)
+    po = float(np.mean(((counts ** 2).sum(1) - m) / (m * (m - 1))))
+    share = (counts / m[:, None]).mean(0)
+    pe = float((share ** 2).sum() if marginals is None else (marginals[0] * marginals[1]).sum())
+    by_chance = float((share * (1 - share)).sum() / max(counts.shape[1] - 1, 1))
+    return dict(po=po, pe=pe, kappa=(po - pe) / (1 - pe) if pe < 1 else math.nan, ac1=(po - by_chance) / (1 - by_chance))
+
+
+def agree(*raters):
+    """agreement() of lists of words, one a rater and as long as each other: Cohen's kappa of two, Fleiss' of more."""
+    one = (np.array(raters)[..., None] == np.unique(raters)).astype(float)                                 # (m, N, J)
+    return agreement(one.sum(0), one.mean(1) if len(one) == 2 else None)
 
 
 def correlation(a, b):
@@ -2612,7 +2653,7 @@ PRESETS = {
 MODELS = {'unet': ('channels', 'attention', 'layers', 'head_channels', 'norm_groups'),      # and the flags that shape each
           **dict.fromkeys(('dit', 'mmdit', 'mamba'), ('model_size', 'patch', 'width', 'depth', 'heads'))}
 YOUNGER = dict(model='unet', patch=None, width=None, depth=None, heads=None, p_uncond=0.0, controllable=False, sparse24=False, checkpointing=False,
-               progressive=None, neighbours=0, volume=None, crop=None, maisi=None, maisi_class=None,
+               progressive=None, dual=None, neighbours=0, volume=None, crop=None, maisi=None, maisi_class=None,
                anatomy=0.0, anatomy_mode=None, anatomy_atlas=None)                          # flags that older runs do not hold
 # May differ when a run goes on; everything else must be as it was.
 FREE = {'device', 'dtype', 'compile', 'checkpointing', 'dry_run', 'out', 'save_every', 'sample_every', 'keep_every', 'cache', 'data', 'minutes', 'lr_find',
@@ -2717,7 +2758,7 @@ def finish_args(args):
     if args.volume:                                                          # a step of few volumes, attention only where the grid is smallest
         preset['batch_size'] = 2
         preset.update(attention=(0,) * (len(preset['attention']) - 1) + (1,)) if args.model == 'unet' else None
-        for name in ('slice_level', 'controllable', 'progressive', 'perceptual', 'fft', 'fft_log', 'reflow', 'gan', 'neighbours', 'anatomy'):
+        for name in ('slice_level', 'controllable', 'progressive', 'perceptual', 'fft', 'fft_log', 'reflow', 'gan', 'neighbours', 'anatomy', 'dual'):
             if getattr(args, name, None):
                 fail(f'--volume {args.volume} and --{name.replace("_", "-")}: that is for slices; leave one of them away')
     for name in ('crop', 'inflate'):
@@ -3277,7 +3318,7 @@ def load_run(path, device='cpu', dtype='fp32', weights='ema'):
         tensors = {k: v.lerp(state['ema'][k], weights) if v.is_floating_point() else v for k, v in tensors.items()}
     net.load_state_dict(tensors)
     args.dtype, process = dtype, build_process(args)
-    process.space = Space(state.get('space'), args.volume).to(device)
+    process.space = Space(state.get('space'), args.volume, state['out_channels']).to(device)
     return argparse.Namespace(net=channels_last(net.to(device)).eval(), process=process,
                               args=args, step=state['step'], box=tuple(state['box']), spacing=tuple(state['spacing']),
                               hash=weights_hash(tensors), path=str(path))
@@ -3433,6 +3474,43 @@ CLASSES = ('anatomical', 'textural', 'boundary', 'intensity', 'artefact', 'condi
 LABELS = ('rater', 'item', 'set', 'folder', 'verdict', 'class', 'severity', 'seconds', 'repeat', 'time')
 # labels.csv in a label run: one line an answer. set: the directory, folder: the patient folder in it; verdict: good | bad |
 # unsure; class (of CLASSES, or empty: none of them) and severity 1 to 3 only where bad; repeat 0 or 1; a later line of a rater, item, repeat wins (undo).
+
+
+def read_answers(folders):
+    """Answers of label folders, one for each rater, image and repeat (the last counts): dicts of LABELS, and z, the slice."""
+    out = []
+    for folder in map(Path, folders):
+        rows = read_csv(folder / 'labels.csv')
+        if not rows or not {*LABELS} <= rows[0].keys():
+            fail(f'--answers {folder}: its labels.csv holds ' + (f'other columns than {",".join(LABELS)}' if rows else 'no answer'))
+        z = {r['item']: int(r['z']) for r in read_csv(folder / 'items.csv')} if (folder / 'items.csv').exists() else {}
+        out += [dict(r, z=z.get(r['item'], 0)) for r in {(r['rater'], r['item'], r['repeat']): r for r in rows}.values()]
+    wrong = [r for r in out if r['verdict'] not in ('good', 'bad', 'unsure') or r['class'] not in ('', *CLASSES)]
+    if wrong:
+        fail(f'--answers {" ".join(map(str, folders))}: verdict {wrong[0]["verdict"]!r}, class {wrong[0]["class"]!r}; expected good, bad, unsure and {", ".join(CLASSES)}')
+    return out
+
+
+def reading_order(items, again, g):
+    """(item, repeat) of all items in an order that g draws, a share of them a second time, at least 20 other images later."""
+    n = len(items)
+    items, gap = [sorted(items)[i] for i in torch.randperm(n, generator=g).tolist()], min(20, n // 2)
+    twice = torch.randperm(n - gap, generator=g)[:round(again * n)].tolist()
+    later = [(p + gap + 0.5 + float(torch.rand((), generator=g)) * (n - gap - p), items[p], 1) for p in twice]
+    return [(item, repeat) for _, item, repeat in sorted([*((i, item, 0) for i, item in enumerate(items)), *later])]
+
+
+READINGS = ('reader', 'order', 'item', 'repeat', 'answer', 'confidence', 'ms', 'time')       # columns of a reader study's answers
+
+
+def study_order(study, reader):
+    """(item, repeat, turned) in the order of a reader, from the study's seed and the name: practice, then each kind of question, a tenth
+    of its items twice. turned: whether a pair shows its pictures the other way round."""
+    g, items = generator(study['seed'], 'reader', reader), study['items']
+    order = [(i, 0) for i in sorted(items, key=lambda i: (study['kinds'].index(items[i]['kind']), i)) if items[i]['practice']]
+    for kind in study['kinds']:
+        order += reading_order([i for i, v in items.items() if v['kind'] == kind and not v['practice']], 0.1, g)
+    return [(item, repeat, bool(turned)) for (item, repeat), turned in zip(order, torch.rand(len(order), generator=g) < 0.5)]
 
 
 class Detector(nn.Module):

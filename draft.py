@@ -192,6 +192,8 @@ def main(args):
         fail(f'--bravo {run.path}: is a run of train_{run.args.script}.py')
     if run.args.neighbours:
         fail(f'--bravo {run.path}: was trained with --neighbours, which are drawn slice by slice; give a run without')
+    if run.args.dual:
+        fail(f'--bravo {run.path}: makes pairs (--dual), and a detector judges single images')
     if detector.part != 'train':
         fail(f'--reward {detector.path}: learned from {detector.part} patients, so it reports and must not select; give one of training patients')
     if max(abs(a - b) for a, b in zip(detector.box, run.box)) > 0.02:

@@ -364,10 +364,10 @@ class Masks:
     of each volume, from the lowest up, whose spacing is then (z, y, x).
     """
 
-    def __init__(self, args, size, box, depth=None):
+    def __init__(self, args, size, box, names, depth=None):
         self.args, items, grid = args, [], (depth, size, size) if depth else (size, size)
         if args.data:
-            data = load_slices(args.data, size, ('bravo',), box, args.split, args.cache, depth=depth)
+            data = load_slices(args.data, size, names, box, args.split, args.cache, depth=depth)
             rows = data.rows(args.part, None if args.stack else args.empty_slices, args.seed)
             if not args.stack:
                 rows = rows[torch.randperm(len(rows), generator=generator(args.seed, 'order')).numpy()]
@@ -493,7 +493,7 @@ class Set:
         self.headers = {'manifest': head + JUDGED, 'rejected': REJECTED} if judge.on else {'manifest': head}
         same = {k: v for k, v in plain(args).items() if k not in ('n', 'batch_size', 'splits', 'device', 'compile', 'out', 'cache', 'max_draws', 'rate')}
         same.update({k: r.hash for k, r in runs.items()}, pixels=last.args.size, box=list(last.box), per_patient=bool(args.per_patient) or None,
-                    gate=judge.detector and judge.detector.hash, hard=args.hard_cases and hashlib.sha256(Path(args.hard_cases).read_bytes()).hexdigest(),
+                    gate=judge.detector and judge.detector.hash, hard=args.hard_cases and hashlib.sha256(Path(args.hard_cases).read_bytes()).hexdigest(), dual=last.args.dual,
                     asked=[[[None if math.isnan(v) else round(float(v), 6) for v in lesion] for lesion in r] for r in requests])
         note = self.out / 'sample.json'
         if note.exists():
@@ -609,17 +609,18 @@ def plot_steps(path, traces, args, guidance):
     print0(f'adaptive: {np.mean(forwards):.1f} forwards an image ({min(forwards):.0f} to {max(forwards):.0f}); look at {path}')
 
 
-def write_item(out, folder, image, mask, spacing, steps, more=None):
-    """One patient to disk: image (S,S) or (D,S,S) or None, mask like it, steps of --save-at as lists of t, x_t, x0_hat, more images {name: (S,S)}."""
+def write_item(out, folder, names, images, mask, spacing, steps, more=None):
+    """One patient to disk: images (C,S,S) or (C,D,S,S) of these names or None, mask (S,S) or (D,S,S), steps of --save-at as lists of t, x_t, x0_hat,
+    more images {name: (S,S)}."""
     zoom, (flat,) = max(1, 128 // mask.shape[-1]), views(mask[None], mask[None])
-    show = flat * 2 - 1 if image is None else views(image[None], mask[None])[0]
-    files = {'preview.png': grid_png([[show, outline(show, flat, zoom=zoom), *(shown_mc(more) if more else ())]], zoom=zoom)}
+    show = [flat * 2 - 1] if images is None else views(images, [mask] * len(images))
+    files = {'preview.png': grid_png([[*show, outline(show[-1], flat, zoom=zoom), *(shown_mc(more) if more else ())]], zoom=zoom)}
     if steps:
         t, x_t, x_0 = zip(*steps)
         buffer = io.BytesIO()
         np.savez_compressed(buffer, t=np.float32(t), x_t=np.float32(x_t), x0_hat=np.float32(x_0))
         files |= {'trajectory.npz': buffer.getvalue(), 'trajectory.png': grid_png([views(np.stack(v), [mask] * len(t)) for v in (x_t, x_0)], ['x_t', 'x0_hat'], zoom)}
-    write_patient(out / folder, {} if image is None else {'bravo': image, **(more or {})}, mask, spacing, files)
+    write_patient(out / folder, {} if images is None else {**dict(zip(names, images)), **(more or {})}, mask, spacing, files)
 
 
 def shown_mc(more):
@@ -721,8 +722,14 @@ def main(args):
         fail(f'--count, --requests and --hard-cases: {runs["seg"].path} was trained without --controllable')
     if args.seg and not requests and runs['seg'].args.controllable and not runs['seg'].args.p_uncond:
         fail(f'--seg {runs["seg"].path}: was trained with --controllable and no --p-uncond, so it must be told what to draw; give --count or --requests')
+    names = tuple(main_run.args.dual or ('bravo',))
+    judged = names.index('bravo') if 'bravo' in names else -1                          # the image of a pair that a detector and analysis.py look at
+    if main_run.args.dual and (args.mc or args.stack):
+        fail(f'--{"mc" if args.mc else "stack"}: is for single images, and {main_run.path} makes {" and ".join(names)}')
+    if judged < 0 and (args.gate or args.reject_copies):
+        fail(f'--gate and --reject-copies judge bravo images; {main_run.path} makes {" and ".join(names)}')
     judge = Judge(args, main_run, device)
-    masks = Masks(args, main_run.args.size, main_run.box, main_run.args.volume)
+    masks = Masks(args, main_run.args.size, main_run.box, names, main_run.args.volume)
     name, ts, _ = solver(main_run, args, args.steps if args.bravo else args.seg_steps)
     if args.save_at:
         keep_steps(args.save_at, ts, [], None)                                         # fails now, not after the first batch
@@ -767,18 +774,18 @@ def main(args):
            + (f'; kept where p(bad) < {judge.threshold:.4g}' if judge.threshold < 2 else '') + (f'; a copy above {judge.cut:.4f}' if judge.cut < 2 else ''))
 
     def candidate(c, batch, mask, level, about):
-        """Candidate c of the round of each patient: a list of dicts of its number, image or None, steps for --save-at, score, table row."""
+        """Candidate c of the round of each patient: a list of dicts of its number, images (C,[D,]S,S) or None, steps for --save-at, score, table row."""
         numbers_, images, steps, trace = [r * N + c for _, r in batch], None, [], []
         if args.bravo:
             callback = keep_steps(args.save_at, ts, steps, main_run.process) if args.save_at else None
             keys = [(i, n) if n else (i,) for (i, _), n in zip(batch, numbers_)]
             x_0 = draw(main_run, args, keys, 'image', args.steps, mask, level, callback, None, trace, [a[2] for a in about])
-            images = main_run.process.from_range(x_0).clamp(-1, 1).cpu().numpy()[:, 0]
-            steps = [(t, x[:, 0].numpy(), x_0[:, 0].numpy()) for t, x, x_0 in steps] + ([(0.0, images, images)] if 0 in (args.save_at or ()) else [])
+            images = main_run.process.from_range(x_0).clamp(-1, 1).cpu().numpy()
+            steps = [(t, x[:, judged].numpy(), x_0[:, judged].numpy()) for t, x, x_0 in steps] + [(0.0, images[:, judged], images[:, judged])] * (0 in (args.save_at or ()))
             traces.extend([[torch.stack(v) for v in zip(*trace)]] if trace else [])
-        scores, found = judge(images, mask.cpu().numpy()[:, 0]) if judge.on else [None] * len(batch), []
+        scores, found = judge(images[:, judged], mask.cpu().numpy()[:, 0]) if judge.on else [None] * len(batch), []
         for b, n in enumerate(numbers_):
-            new = dict(number=n, image=None if images is None else images[b], steps=[(t, x[b], x_0[b]) for t, x, x_0 in steps], score=scores[b], row=[])
+            new = dict(number=n, images=None if images is None else images[b], steps=[(t, x[b], x_0[b]) for t, x, x_0 in steps], score=scores[b], row=[])
             if judge.on:
                 mm = lesion_records(mask[b, 0].cpu().numpy())[:, 0] * mask.shape[-1] * sum(about[b][2]) / 2
                 new['row'] = [n, *('' if math.isnan(v) else f'{v:.6f}' for v in scores[b]), len(mm), ';'.join(f'{d:.2f}' for d in mm)]
@@ -795,17 +802,17 @@ def main(args):
         drawn = zip(*[candidate(c, batch, mask, level, about) for c in range(N)])
         for (i, r), m, z, (source, condition, spacing), mine in zip(batch, mask.cpu().numpy()[:, 0], level.tolist(), about, drawn):
             best, *lost = sorted(mine, key=judge.order) if judge.on else mine
-            drawn_ = np.stack([v['image'] for v in mine]).astype(np.float64) if args.mc else None
+            drawn_ = np.stack([v['images'][0] for v in mine]).astype(np.float64) if args.mc else None
             more = dict(bravo_mean=np.float32(drawn_.mean(0)), bravo_std=np.float32(drawn_.std(0, ddof=1))) if args.mc else None
             lost, why = [(v, 'not the best') for v in lost if judge.on], judge.why(best['score']) if judge.on else ''
             for v, reason in lost + ([(best, why)] if why else []):
                 made.add('rejected', [i, args.seed, condition, source, int(m.sum()), *v['row'], reason])
             if why:
                 queue.extend([(i, r + 1)] if r + 1 < cap else [])
-                shown.extend([(best['image'], m)] if len(shown) < 16 else [])
+                shown.extend([(best['images'], m)] if len(shown) < 16 else [])
             else:
                 folder = f'syn_{args.seed}_{i:06d}'
-                write_item(out, folder, best['image'], m, spacing, best['steps'], more)
+                write_item(out, folder, names, best['images'], m, spacing, best['steps'], more)
                 made.add('manifest', [folder, i, args.seed, condition, source, f'{z:.4f}', int(m.sum()), name, len(ts) - 1,
                                       *(runs[k].hash if k in runs else '' for k in ('bravo', 'seg')),
                                       *([f'{p[wish(i)].log().item():.6f}', f'{undo[wish(i)].item():.6f}'] if args.hard_cases else []), *best['row']])
@@ -822,17 +829,17 @@ def main(args):
         first = [out / r['folder'] for r in rows[:16]]
         whole = lambda name: [v if main_run.args.volume else v[0] for v in (read_nifti(f / f'{name}.nii.gz')[0] for f in first)]
         m = whole('seg')
-        a = views(np.stack(whole('bravo') if args.bravo else [x * 2.0 - 1 for x in m]), m)
+        a = list(zip(*[views(np.stack(whole(n)), m) for n in names])) if args.bravo else [[x * 2.0 - 1] for x in views(np.stack(m), m)]
         m = views(np.stack(m), m)
         zoom = max(1, 128 // main_run.args.size)
         for file, pairs in (('grid.png', list(zip(a, m))), ('rejected.png', shown)):
-            pairs = [(x, outline(x, y, zoom=zoom)) for x, y in pairs]
+            pairs = [(*x, outline(x[-1], y, zoom=zoom)) for x, y in pairs]
             if pairs:
-                save_grid(out / file, [[p[k] for p in pairs[r:r + 8]] for r in range(0, len(pairs), 8) for k in (0, 1)], None, zoom)
+                save_grid(out / file, [column for r in range(0, len(pairs), 8) for column in zip(*pairs[r:r + 8])], None, zoom)
         if args.mc:
             maps = [[read_nifti(f / f'{k}.nii.gz')[0][0] for f in first] for k in ('bravo_mean', 'bravo_std')]
             inside, outside = (np.mean([v[(s > 0) == k].mean() for v, s in zip(maps[1], m) if ((s > 0) == k).any()] or [math.nan]) for k in (True, False))
-            save_grid(out / 'mc.png', [a[:8], *map(list, zip(*[shown_mc(dict(bravo_mean=x, bravo_std=y)) for x, y in zip(*maps)][:8]))],
+            save_grid(out / 'mc.png', [[x[-1] for x in a[:8]], *map(list, zip(*[shown_mc(dict(bravo_mean=x, bravo_std=y)) for x, y in zip(*maps)][:8]))],
                       ['first draw', f'mean of {args.mc}', 'deviation x 4'], zoom)
             print0(f'standard deviation over {args.mc} seeds (each +- {1 / math.sqrt(2 * args.mc - 2):.0%}): {inside:.3f} in tumours, {outside:.3f} elsewhere; the mean '
                    f'is a blur, not a sample; fewer steps spread less; look at {out}/mc.png')

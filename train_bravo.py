@@ -6,6 +6,7 @@
   python train_bravo.py --rflow --data DIR --perceptual 0.01 --perceptual-weights vgg16.pth
   python train_bravo.py --vae 4 --data DIR --out runs/vae           an autoencoder; then the image model on its latents:
   python train_bravo.py --rflow --latent runs/vae --data DIR
+  python train_bravo.py --rflow --dual t1_pre,t1_gd --data DIR      both images of a patient at once, before and after contrast agent
 
 The network sees the noisy image and the mask as two channels. Beside train_seg.py this file has the mask channel, the
 losses on images, reflow and the spaces (--wavelet, --latent, --vae); the rest is the same, line by line. Leaves in --out: ckpt.pt, log.csv,
@@ -30,6 +31,8 @@ def get_args(argv=None):
     g = p.add_argument_group('space: where the process acts (none: on pixels)')
     g.add_argument('--wavelet', action='store_true', help='on Haar bands: 4 channels of half the side')
     g.add_argument('--latent', metavar='RUN', help='on latents: of this autoencoder (a run of --vae), or as this run on latents does')
+    g = p.add_argument_group('pair')
+    g.add_argument('--dual', type=two_files, metavar='PRE,POST', help='make these two images of a patient jointly, instead of bravo, as t1_pre,t1_gd')
     g = p.add_argument_group('MAISI\'s published networks (with --volume)')
     g.add_argument('--maisi-vae', metavar='FILE', help='autoencoder_v1.pt or v2: the space; with --vae 4, what that training starts from')
     g.add_argument('--maisi-unet', metavar='FILE', help='diff_unet_3d_*.pt: start from it, with the scale factor that it holds; also with --latent RUN')
@@ -44,8 +47,8 @@ def get_args(argv=None):
     args = p.parse_args(argv)
     given = {k for k, v in vars(args).items() if v != p.get_default(k)}
     args = finish_spaces(finish_args(prepare_vae(prepare_maisi(args, given), given)), given)
-    if args.neighbours and (args.wavelet or args.latent or args.reflow or args.model == 'mmdit'):
-        fail(f'--neighbours {args.neighbours}: shows pixels of patients as channels; leave --wavelet, --latent, --reflow and --model mmdit away')
+    if args.neighbours and (args.wavelet or args.latent or args.reflow or args.dual or args.model == 'mmdit'):
+        fail(f'--neighbours {args.neighbours}: shows pixels of patients as channels; leave --wavelet, --latent, --reflow, --dual and --model mmdit away')
     if args.reflow and not (args.rflow and args.init):
         fail('--reflow: straightens a trained flow; add --rflow and --init RUN, the run that made the pairs')
     if args.reflow and args.progressive:
@@ -60,6 +63,8 @@ def get_args(argv=None):
     idle += [f'--schedule {args.schedule}'] if args.schedule in WIDTHS else []
     if args.distill and idle:
         fail(f'--distill and {idle[0]}: distillation asks the network at t=1 alone, where that does nothing; leave it away')
+    if args.dual and (args.latent or args.perceptual):
+        fail(f'--dual and --{"latent" if args.latent else "perceptual"}: autoencoders and VGG16 know single images; leave it away (--wavelet and --fft do pairs)')
     if (args.perceptual_weights or args.lpips_weights) and not args.perceptual:
         fail('--perceptual-weights and --lpips-weights do nothing without --perceptual W; 0.01 is a start')
     for name in ('perceptual_weights', 'lpips_weights'):
@@ -279,8 +284,8 @@ def make_space(args, state, data, rows, device):
             fail(f'--init {args.init}: acts on {kind(theirs["args"])}, this run on {kind(vars(args))}, or they have not the same autoencoder; '
                  f'make them agree (--latent {args.init} takes the one of that run)')
     if not (args.wavelet or args.latent):
-        return Space(depth=args.volume), None
-    about, channels = theirs.get('space') or about, about['args']['latent_channels'] if args.latent else 8 if args.volume else 4
+        return Space(depth=args.volume, channels=data.images.shape[1]), None
+    about, channels = theirs.get('space') or about, about['args']['latent_channels'] if args.latent else (8 if args.volume else 4) * data.images.shape[1]
     if args.maisi and not state:                                             # the factor that the network knows, never one measured anew
         about |= dict(shift=torch.zeros(channels), scale=torch.full((channels,), 1 / read_maisi_unet(args.maisi_unet)[3]))
     space = Space({'shift': torch.zeros(channels), 'scale': torch.ones(channels), **about}, args.volume).to(device)
@@ -595,7 +600,7 @@ def main(args):
     roots = args.data or [phantom_root(args.cache)]
     seen = state or (args.latent and read_autoencoder(args.latent)[1])       # an autoencoder knows heads in its own box
     sizes = args.progressive or (args.size,)                                 # data has the last one: what the run is for
-    sets = {s: load_slices(roots, s, ('bravo',), seen and seen['box'], args.split, args.cache, args.labels, args.speck, depth=args.volume) for s in sizes}
+    sets = {s: load_slices(roots, s, args.dual or ('bravo',), seen and seen['box'], args.split, args.cache, args.labels, args.speck, depth=args.volume) for s in sizes}
     data = sets[args.size]
     rows, val = data.rows('train', args.empty_slices, args.seed), data.rows('val', args.empty_slices, args.seed)
     if not len(rows):
@@ -610,7 +615,7 @@ def main(args):
         return train_vae(args, state, data, rows, val, device)
 
     def batch(picked, size=args.size):
-        """Images in [-1,1] (B,1,[D,]S,S), masks in {0,1} (B,1,[D,]S,S), slice level (B,1) or None, on the CPU."""
+        """Images in [-1,1] (B,1,[D,]S,S), with --dual (B,2,S,S), masks in {0,1} (B,1,[D,]S,S), slice level (B,1) or None, on the CPU."""
         extra = maisi_extra(args, [data.table[i]['spacing'] for i in picked]) if args.maisi else level[picked][:, None] if args.slice_level else None
         return torch.tensor(sets[size].images[picked]), torch.tensor(sets[size].masks[picked]).float(), extra
 
@@ -743,11 +748,11 @@ def main(args):
         denoise = make_denoise(ema.net, process, twice(mask_condition(mask, args.p_uncond, near=near(picked, size))), None, twice(extra), args.dtype, clip=not args.rflow and not space.about)
         noise = torch.cat([torch.randn(len(x_0), *space.shape(size), generator=generator('picture', k)) for k in range(2)]).to(device)
         made = sample_ddim(denoise, noise, process.times(min(25 if args.rflow else 50, args.steps or 25), shift=process.shift), process)
-        rows_ = process.from_range(made).float().cpu()[:, 0].chunk(2)
-        zoom, masks = max(1, 128 // size), mask.cpu()[:, 0]
-        *shown, flat = (views(v, masks) for v in (x_0.cpu()[:, 0], masks * 2 - 1, *rows_, masks))
-        save_grid(path, [*shown, [outline(x, m, zoom=zoom) for x, m in zip(shown[2], flat)]],
-                  ['real', 'mask', 'generated', 'generated 2', 'with mask'], zoom)
+        first, second = process.from_range(made).float().cpu().chunk(2)
+        zoom, masks, names = max(1, 128 // size), mask.cpu()[:, 0], args.dual or ('generated',)
+        *shown, flat = (views(v, masks) for v in (*x_0.cpu().unbind(1), masks * 2 - 1, *first.unbind(1), *second.unbind(1), masks))
+        save_grid(path, [*shown, [outline(x, m, zoom=zoom) for x, m in zip(shown[-len(names) - 1], flat)]],
+                  [*(f'real {n}' for n in args.dual or [])] + ['real'] * (not args.dual) + ['mask', *names, *(f'{n} 2' for n in names), 'with mask'], zoom)
 
     # length, learning rate test
     if args.dry_run:

@@ -97,8 +97,8 @@ def test_upper_tail():
     """Against the sum of exact terms; the sheet's cuts at 8 % and 100 images: 14 alone, 19 for 105 patients."""
     for n, q in ((10, 0.3), (100, 0.08)):
         for x in (0, 1, 3, n // 2, n):
-            assert analysis.upper_tail(x, n, q) == pytest.approx(sum(math.comb(n, k) * q ** k * (1 - q) ** (n - k) for k in range(x, n + 1)), rel=1e-9)
-    cut = lambda level: next(x for x in range(101) if analysis.upper_tail(x, 100, 0.08) < level)
+            assert common.upper_tail(x, n, q) == pytest.approx(sum(math.comb(n, k) * q ** k * (1 - q) ** (n - k) for k in range(x, n + 1)), rel=1e-9)
+    cut = lambda level: next(x for x in range(101) if common.upper_tail(x, 100, 0.08) < level)
     assert cut(0.05) == 14 and cut(0.05 / 105) == 19
 
 
@@ -150,7 +150,7 @@ def test_patients(judged, who, capsys):
     n0 = 20 - (who == 'answers')
     assert [(r['patient'], r['images'], r['bad']) for r in rows[:2]] == [('p4', '20', '12'), ('p0', str(n0), '1')] and len(rows) == 5
     assert [float(rows[0][k]) for k in ('low', 'high')] == pytest.approx(common.wilson(12, 20), abs=1e-4)
-    assert float(rows[0]['p']) == pytest.approx(analysis.upper_tail(12, 20, 4.5 / (61 + n0)), rel=0.01) and float(rows[0]['p_holm']) < 1e-6
+    assert float(rows[0]['p']) == pytest.approx(common.upper_tail(12, 20, 4.5 / (61 + n0)), rel=0.01) and float(rows[0]['p_holm']) < 1e-6
     summary = json.loads((judged / 'out/patients.json').read_text())
     assert summary['stand_out'] == ['p4'] and summary['bad'] == 16 and summary['undecided'] == (who == 'answers') and '1 judged images without a source' in told
     assert summary['tarone_z'] == pytest.approx(analysis.tarone([12, 1, 1, 1, 1], [20, n0, 20, 20, 20])[0]) and (judged / 'out/patients.png').stat().st_size > 1000
@@ -166,7 +166,7 @@ def pairs(table):
 
 def both(table):
     one = np.eye(len(table))[np.array(pairs(table))]
-    return analysis.agreement(one.sum(1), one.mean(0))
+    return common.agreement(one.sum(1), one.mean(0))
 
 
 def test_agreement():
@@ -179,12 +179,12 @@ def test_agreement():
     assert k['ac1'] == pytest.approx((0.92 - 2 * q * (1 - q)) / (1 - 2 * q * (1 - q))) and k['ac1'] > 0.9
     fleiss = np.array([[0, 0, 0, 0, 14], [0, 2, 6, 4, 2], [0, 0, 3, 5, 6], [0, 3, 9, 2, 0], [2, 2, 8, 1, 1], [7, 7, 0, 0, 0], [3, 2, 6, 3, 0], [2, 5, 3, 2, 2],
                        [6, 5, 2, 1, 0], [0, 2, 2, 3, 7]])
-    k = analysis.agreement(fleiss)
+    k = common.agreement(fleiss)
     assert (k['po'], k['pe'], k['kappa']) == pytest.approx((0.3780, 0.2128, 0.2099), abs=6e-5)
-    assert analysis.agreement(fleiss[:, [3, 1, 4, 0, 2]]) == pytest.approx(k)
+    assert common.agreement(fleiss[:, [3, 1, 4, 0, 2]]) == pytest.approx(k)
     assert both(np.diag([5, 3, 2]))['kappa'] == both(np.diag([5, 3, 2]))['ac1'] == 1
     g = np.random.default_rng(2)
-    free = [analysis.agreement(one.sum(1), one.mean(0))['kappa'] for one in (np.eye(3)[g.choice(3, (100, 2), p=(0.6, 0.3, 0.1))] for _ in range(400))]
+    free = [common.agreement(one.sum(1), one.mean(0))['kappa'] for one in (np.eye(3)[g.choice(3, (100, 2), p=(0.6, 0.3, 0.1))] for _ in range(400))]
     assert abs(np.mean(free)) < 0.02
 
 

@@ -15,7 +15,7 @@ import common
 import evaluate
 import train_seg
 from common import VENTRICLES, atomic_write, blur, decode_parc, decode_patient, find_patients, grow_labels, load_slices, read_nifti, write_csv, write_patient
-from evaluate import UNITS, affine, agreement, as_stored, carried, explained, extent_of, information, inverse, joint_histogram, labels_at, look, plane
+from evaluate import UNITS, affine, as_stored, carried, explained, extent_of, information, inverse, joint_histogram, labels_at, look, plane, slice_nmi
 from test_errors import refused
 from train_seg import anatomy_loss, plausibility
 
@@ -228,7 +228,7 @@ def test_generated_slices_lie_where_their_source_does(atlas, capsys):
     assert told['placed'] == {'where the source lies': 16} and told['metrics']['tumour outside the brain']['fake'] == 1
     t = evaluate.Template(atlas.root / 'template.nii.gz', atlas.root / 'labels.nii.gz')
     matrix = torch.tensor(atlas.told['patients']['volume']['matrix'])
-    wanted = [agreement(data.images[i, 0], t, matrix, plane(common.square_view(SHAPE[1:], SPACING[1:], (0, 0, 1, 1)), (16, 16), SPACING, data.table[i]['z'])) for i in picked]
+    wanted = [slice_nmi(data.images[i, 0], t, matrix, plane(common.square_view(SHAPE[1:], SPACING[1:], (0, 0, 1, 1)), (16, 16), SPACING, data.table[i]['z'])) for i in picked]
     assert abs(told['metrics']['NMI of a slice']['fake'] - np.mean(wanted)) < 1e-6
     noise = [(c, z, np.random.default_rng(i).random((16, 16), np.float32) * 2 - 1, m) for i, (c, z, _, m) in enumerate(rows)]
     atlas.run('--fake', fakes(atlas, 'noise', 'x', noise))

@@ -8,9 +8,9 @@ from torch.optim.swa_utils import update_bn
 
 import classifier
 import common
-from classifier import (auc, auc_interval, checkerboard, corrupt_image, ece, ece_floor, example, fit_temperature, kappa, nll, shift_prior,
+from classifier import (auc, auc_interval, checkerboard, corrupt_image, ece, ece_floor, example, fit_temperature, nll, shift_prior,
                         threshold_for)
-from common import CLASSES, Detector, detector_logits, load_detector, load_slices, read_csv
+from common import CLASSES, Detector, agree, detector_logits, load_detector, load_slices, read_csv
 
 TINY = ('--size', 16, '--batch-size', 8, '--iters', 4, '--val-every', 2, '--warmup', 1, '--test-slices', 8, '--repeats', 20)
 
@@ -106,7 +106,7 @@ def test_corrupt_writes_a_set(phantom, cache, tmp_path):
     for r in rows:
         i, j = at[r['folder']], next(j for j, t in enumerate(real.table) if (t['folder'], t['z']) == (r['source_folder'], int(r['z'])))
         assert np.array_equal(made.images[i], real.images[j]) == (r['family'] == '') and np.array_equal(made.masks[i], real.masks[j])
-    answers = classifier.read_answers([tmp_path / 'a'], 16, None, cache, real.box)
+    answers = classifier.judged_images([tmp_path / 'a'], 16, None, cache, real.box)
     assert len(answers.bad) == 39 and answers.bad.sum() == 36 and (np.bincount(answers.kind[answers.bad > 0]) == 6).all()
 
 
@@ -172,7 +172,7 @@ def test_prior_shift_is_bayes():
 
 def test_kappa():
     a, b = ['x'] * 25 + ['y'] * 25, ['x'] * 20 + ['y'] * 5 + ['x'] * 10 + ['y'] * 15
-    assert kappa(a, b) == (pytest.approx(0.4), pytest.approx(0.7)) and kappa(a, a)[0] == 1
+    assert (agree(a, b)['kappa'], agree(a, b)['po']) == pytest.approx((0.4, 0.7)) and agree(a, a)['kappa'] == 1
 
 
 # -- the detector -----------------------------------------------------------------------------------------------------
@@ -308,7 +308,7 @@ def test_majority_of_raters(phantom, cache, tmp_path):
             line('a', '9', 'unsure')]
     common.write_csv(tmp_path / 'labels.csv', common.LABELS, rows)
     common.write_csv(tmp_path / 'items.csv', ['item', 'set', 'folder', 'z'], [[i, root, data.table[int(i)]['folder'], data.table[int(i)]['z']] for i in '0369'])
-    got = classifier.read_answers([tmp_path], 16, None, cache, data.box)
+    got = classifier.judged_images([tmp_path], 16, None, cache, data.box)
     assert got.bad.tolist() == [1, 0] and got.kind.tolist() == [CLASSES.index('boundary'), -1]
     assert np.array_equal(got.images[0], data.images[0]) and np.array_equal(got.images[1], data.images[6])
 

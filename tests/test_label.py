@@ -19,7 +19,7 @@ import pytest
 
 import classifier
 import common
-from classifier import Study, agreement, border
+from classifier import Study, border, summary
 from common import CLASSES, read_csv
 
 SCRIPT = Path(classifier.__file__)
@@ -30,8 +30,10 @@ class Server:
     """classifier.py label in a process of its own; ask() speaks plain sockets to it."""
 
     def __init__(self, phantom, cache, out, *flags):
-        command = [sys.executable, SCRIPT, 'label', '--sets', phantom, '--cache', cache, '--out', out, '--size', 32, *flags]
-        self.process = subprocess.Popen([str(c) for c in command], stdout=subprocess.PIPE, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+        self.start('--sets', phantom, '--cache', cache, '--out', out, '--size', 32, *flags)
+
+    def start(self, *flags):
+        self.process = subprocess.Popen([str(c) for c in (sys.executable, SCRIPT, 'label', *flags)], stdout=subprocess.PIPE, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
         for line in self.process.stdout:
             if found := re.search(r'http://127.0.0.1:(\d+)/([\w-]+)/', line):
                 self.port, self.token, self.url = int(found[1]), found[2], found[0]
@@ -192,8 +194,8 @@ def test_border_of_a_mask():
 def test_agreement_counts():
     row = lambda rater, item, verdict, repeat=0: dict(rater=rater, item=str(item), verdict=verdict, repeat=str(repeat))
     rows = [row('a', i, 'good' if i < 25 else 'bad') for i in range(50)] + [row('b', i, 'good' if i < 20 or 25 <= i < 35 else 'bad') for i in range(50)]
-    assert agreement(rows) == ['a: 50 images, 25 good, 25 bad, 0 unsure', 'b: 50 images, 30 good, 20 bad, 0 unsure', 'a and b: 70% alike, kappa 0.40 (50 images)']
-    assert agreement([]) == ['no answers yet']
+    assert summary(rows) == ['a: 50 images, 25 good, 25 bad, 0 unsure', 'b: 50 images, 30 good, 20 bad, 0 unsure', 'a and b: 70% alike, kappa 0.40 (50 images)']
+    assert summary([]) == ['no answers yet']
 
 
 # -- a real browser ---------------------------------------------------------------------------------------------------
