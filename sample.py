@@ -779,7 +779,7 @@ def main(args):
         if args.bravo:
             callback = keep_steps(args.save_at, ts, steps, main_run.process) if args.save_at else None
             keys = [(i, n) if n else (i,) for (i, _), n in zip(batch, numbers_)]
-            x_0 = draw(main_run, args, keys, 'image', args.steps, mask, level, callback, None, trace, [a[2] for a in about])
+            x_0 = draw(main_run, args, keys, 'image', args.steps, mask, level, callback, None, trace, spacing=[a[2] for a in about])
             images = main_run.process.from_range(x_0).clamp(-1, 1).cpu().numpy()
             steps = [(t, x[:, judged].numpy(), x_0[:, judged].numpy()) for t, x, x_0 in steps] + [(0.0, images[:, judged], images[:, judged])] * (0 in (args.save_at or ()))
             traces.extend([[torch.stack(v) for v in zip(*trace)]] if trace else [])
