@@ -161,6 +161,7 @@ def test_start(kind, files, call, tmp_path):
     x, mask, t, spacing = torch.randn(2, 4, 2, 4, 4, generator=g), torch.rand(2, 1, 8, 16, 16, generator=g).round(), 0.7, [[3, 2, 1.5], [1, 1, 1]]
     extra = maisi_extra(run.args, spacing)
     assert extra[0, 0] == (30 if kind == 'rflow' else 100) and run.args.maisi == kind
+    run.net.to(memory_format=torch.contiguous_format)                  # channels_last's norm of so few voxels is good to 1e-2 only
     x_0, eps = make_denoise(run.net, run.process, mask, None, extra)(x, t)
     with torch.no_grad():
         told = turn_back(theirs(turn(x), torch.full((2,), 1000 * t if kind == 'rflow' else 699.0) / 1000, extra=extra))
@@ -193,7 +194,7 @@ def test_end_to_end(files, call, phantom, tmp_path):
         spacing = next(r['spacing'] for r in volumes.table if r['folder'] == row['condition'].split(':')[0])
         assert image.shape == (16, 16, 8) and np.allclose(image.header.get_zooms(), spacing[::-1], atol=1e-4)
         seen[name] = np.asarray(image.dataobj)
-    assert seen['maisi'].std() > 0.01 and np.abs(seen['maisi'] - seen['split']).max() < 1e-3 and np.abs(seen['maisi'] - seen['euler']).max() > 1e-3
+    assert seen['maisi'].std() > 0.01 and np.abs(seen['maisi'] - seen['split']).max() < 1e-5 and np.abs(seen['maisi'] - seen['euler']).max() > 1e-4
 
 
 WRONG = [  # flags, words of the line
