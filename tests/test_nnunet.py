@@ -158,7 +158,7 @@ def test_a_program_that_outlived_its_call(study, programs, tmp_path, capsys):
     assert not (programs / 'calls.jsonl').exists()
 
 
-@pytest.mark.parametrize('flags, words', [('--network mednext-s', 'nnunetv2 --network nnunet'), ('--cross-validate 3', 'nnunetv2 no --cross-validate'), ('--engine mine', "'mine' own"),
+@pytest.mark.parametrize('flags, words', [('--network mednext-s --size 32', 'nnunetv2 --network nnunet'), ('--cross-validate 3', 'nnunetv2 no --cross-validate'), ('--engine mine', "'mine' own"),
                                           ('--split {d}/none.csv', 'val --split')], ids=str)
 def test_refused(study, programs, phantom, tmp_path, capsys, flags, words):
     parts = {p.name: common.part_of(p.name) for p in phantom.iterdir()}
