@@ -345,7 +345,7 @@ def test_mistakes(study, made, phantom, cache, tmp_path, capsys):
     item = next(r['item'] for r in read_csv(study / 'key.csv') if r['kind'] == 'real')
     (tmp_path / 'value.csv').write_text(good + f'a,0,{item},0,yes,1,5,\n')
     plan, run = f'plan --fake {made} --data {phantom} --cache {cache}', lambda flags: evaluate.main(evaluate.get_args(['readers', *flags.split()]))
-    cases = [('', 'required step'), ('plan', '--fake required'), (f'plan --fake {made} --out {tmp_path}/x', '--data required'), (f'{plan} --out {study}', 'holds a study already'),
+    cases = [('', 'required step'), (f'plan --out {tmp_path}/x', '--fake required'), (f'plan --fake {made} --out {tmp_path}/x', '--data required'), (f'{plan} --out {study}', 'holds a study already'),
              (f'{plan} --n 5 --out {tmp_path}/x', '--n 5 even'), (f'{plan} --n 0 --pairs 0 --likert 0 --out {tmp_path}/x', 'not all 0'),
              (f'{plan} --n 60 --out {tmp_path}/x', 'need 143 there are 20 and 15 ask for fewer'), (f'page --reader a --out {tmp_path}/x', 'study.json readers plan'),
              (f'page --out {study}', '--reader NAME required'), (f'page --reader a,b --out {study}', "'a,b' name"), (f'score --out {tmp_path}/x', 'study.json readers plan'),
