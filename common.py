@@ -3505,12 +3505,12 @@ READINGS = ('reader', 'order', 'item', 'repeat', 'answer', 'confidence', 'ms', '
 
 def study_order(study, reader):
     """(item, repeat, turned) in the order of a reader, from the study's seed and the name: practice, then each kind of question, a tenth
-    of its items twice. turned: whether a pair shows its pictures the other way round."""
+    of its items twice. turned: whether a pair shows its pictures the other way round; others never do."""
     g, items = generator(study['seed'], 'reader', reader), study['items']
     order = [(i, 0) for i in sorted(items, key=lambda i: (study['kinds'].index(items[i]['kind']), i)) if items[i]['practice']]
     for kind in study['kinds']:
         order += reading_order([i for i, v in items.items() if v['kind'] == kind and not v['practice']], 0.1, g)
-    return [(item, repeat, bool(turned)) for (item, repeat), turned in zip(order, torch.rand(len(order), generator=g) < 0.5)]
+    return [(item, repeat, bool(u < 0.5) and items[item]['kind'] == 'pair') for (item, repeat), u in zip(order, torch.rand(len(order), generator=g))]
 
 
 class Detector(nn.Module):

@@ -1780,7 +1780,8 @@ def plan_readers(args, out):
     for kind, line in told.items():
         print0(f'{dict(real="real or generated", pair="pairs")[kind]}: {line}')
     tumour = [np.mean([int(k[10]) for k in key if k[4] == truth]) for truth in ('generated', 'real')]
-    print0(f'{len(items)} items, {sum(v["practice"] for v in items.values())} of them practice; mean tumour {tumour[0]:.0f} pixels generated, {tumour[1]:.0f} real. Keep key.csv '
+    print0(f'{len(items)} items, {sum(v["practice"] for v in items.values())} of them practice; mean tumour {tumour[0]:.0f} pixels generated, {tumour[1]:.0f} real '
+           f'(of {len({k[9] for k in key if k[4] == "real"})} patients, whose slices are not independent). Keep key.csv '
            f'and key.png from readers. Serve it: python classifier.py label --study {out}; or a file for each: python evaluate.py readers page --out {out} --reader NAME')
 
 

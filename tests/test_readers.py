@@ -114,7 +114,7 @@ def test_order():
     assert all(items[i]['practice'] == (n < 6) for n, (i, _, _) in enumerate(a)) and kinds[6:] == sorted(kinds[6:], key=plan['kinds'].index) and len(a) == 600 + 3 * 20
     where = {(i, r): n for n, (i, r, _) in enumerate(a)}
     assert len(where) == len(a) and all(where[i, 1] - where[i, 0] > 20 for i, r in where if r)
-    assert 0.4 < np.mean([t for *_, t in a]) < 0.6
+    assert 0.4 < np.mean([t for i, _, t in a if items[i]['kind'] == 'pair']) < 0.6 and not any(t for i, _, t in a if items[i]['kind'] != 'pair')
 
 
 # -- scores of known readers ------------------------------------------------------------------------------------------
@@ -264,6 +264,7 @@ def drive(b, key, knows):
             b.press('ArrowLeft' if left else 'ArrowRight')
             said[s['item'], s['repeat']] = s['pictures'][0 if left else 1]
         else:
+            assert b.run('[...document.images].map(i => i.naturalWidth)') == [16, 256]             # the image, then the one with its border
             b.press(*('5432' if 'real' in k else '1212'))
             said[s['item'], s['repeat']] = '5;4;3;2' if 'real' in k else '1;2;1;2'
         b.until('s.at', s['at'] + 1)
@@ -344,7 +345,7 @@ def test_mistakes(study, made, phantom, cache, tmp_path, capsys):
     item = next(r['item'] for r in read_csv(study / 'key.csv') if r['kind'] == 'real')
     (tmp_path / 'value.csv').write_text(good + f'a,0,{item},0,yes,1,5,\n')
     plan, run = f'plan --fake {made} --data {phantom} --cache {cache}', lambda flags: evaluate.main(evaluate.get_args(['readers', *flags.split()]))
-    cases = [('', 'required step'), ('plan', '--fake required'), (f'plan --fake {made} --out {tmp_path}/x', '--data required'), (f'{plan} --out {study}', 'holds a study already'),
+    cases = [('', 'required step'), (f'plan --out {tmp_path}/x', '--fake required'), (f'plan --fake {made} --out {tmp_path}/x', '--data required'), (f'{plan} --out {study}', 'holds a study already'),
              (f'{plan} --n 5 --out {tmp_path}/x', '--n 5 even'), (f'{plan} --n 0 --pairs 0 --likert 0 --out {tmp_path}/x', 'not all 0'),
              (f'{plan} --n 60 --out {tmp_path}/x', 'need 143 there are 20 and 15 ask for fewer'), (f'page --reader a --out {tmp_path}/x', 'study.json readers plan'),
              (f'page --out {study}', '--reader NAME required'), (f'page --reader a,b --out {study}', "'a,b' name"), (f'score --out {tmp_path}/x', 'study.json readers plan'),
