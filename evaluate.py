@@ -103,6 +103,9 @@ def get_args(argv=None):
     args = p.parse_args(argv)
     args.dtype = 'fp32'
     if args.command == 'readers':
+        for flag, step in (('fake', 'plan'), ('data', 'plan'), ('split', 'plan'), ('reader', 'page'), ('answers', 'score')):
+            if getattr(args, flag) and args.step != step:
+                fail(f'--{flag}: is for readers {step}; leave it away')
         there, needed = (Path(args.out) / 'study.json').is_file(), [f for f, v in (('--fake', args.fake), ('--data', args.data)) if not v]
         if args.step == 'plan' and (there or needed or args.n % 2 or args.likert % 2 or not args.n + args.pairs + args.likert):
             fail(f'--out {args.out}: holds a study already; give another folder' if there else f'readers plan: {needed[0]} is required' if needed
@@ -1945,7 +1948,7 @@ input{font:inherit;padding:8px;background:#222;color:#eee;border:1px solid #555}
 <div id=told></div><div id=pictures></div><div id=keys></div><div id=say></div></main>
 <script>
 const S = STUDY, grades = GRADES, columns = COLUMNS, $ = id => document.getElementById(id), place = S && 'reader study ' + S.hash + ' ' + S.reader
-let rows = [], s = null, since = 0, busy = false, given = []
+let rows = [], s = null, since = 0, busy = false, given = [], warning = ''
 const text = {
   real: 'Is this a real scan or a generated one?   1 surely generated ... 6 surely real',
   pair: 'One is real, one is generated. Which is the real one?   Left or right arrow key',
@@ -1957,7 +1960,7 @@ function csv() {
 function local(a) {                                     // without a server: answers stay in this browser until they are saved as a file
   if (a) {
     rows.push([S.reader, a.at, a.item, s.repeat, a.answer, a.confidence, a.ms, new Date().toISOString()])
-    localStorage.setItem(place, JSON.stringify(rows))
+    if (!warning) localStorage.setItem(place, JSON.stringify(rows))
   }
   const at = rows.length, total = S.order.length, [item, repeat, turned] = S.order[at] || [], state = {rater: S.reader, at, total}
   if (!item) return state
@@ -1972,7 +1975,7 @@ async function remote(a) {
 async function go(a) {
   if (busy) return
   busy = true
-  try { await show(S ? local(a) : await remote(a)); say('') } catch (e) {
+  try { await show(S ? local(a) : await remote(a)); say(warning) } catch (e) {
     say((a ? 'NOT saved: ' : '') + (e instanceof TypeError && !S ? 'the program does not answer; what was saved is safe' : e.message))
     if (S && a) rows.pop()
   }
@@ -2025,7 +2028,7 @@ $('save').onclick = () => {
   a.href = URL.createObjectURL(new Blob([csv()], {type: 'text/csv'})); a.download = 'answers_' + S.reader.replace(/\W/g, '_') + '.csv'; a.click()
 }
 if (!S && location.hash) s = {rater: decodeURIComponent(location.hash.slice(1))}
-try { rows = S && JSON.parse(localStorage.getItem(place)) || [] } catch (e) { say('This browser keeps nothing between visits: finish in one sitting.') }
+try { rows = S && JSON.parse(localStorage.getItem(place)) || [] } catch (e) { warning = 'This browser keeps nothing between visits: finish in one sitting.' }
 go()
 </script>
 """

@@ -310,7 +310,7 @@ def test_two_readers_in_a_browser(study, tmp_path):
                 b.until('s.kind', 'real')
                 b.picture(os.environ.get('READERS_PICTURE', tmp_path / 'page.png'))
             said[name] = drive(b, key, knows)
-            assert b.run('performance.getEntriesByType("resource").filter(e => !e.name.startsWith("data:")).length') == 0
+            assert b.run('performance.getEntriesByType("resource").filter(e => !e.name.startsWith("data:")).length') == 0 and b.run('warning') == ''
             b.run('document.getElementById("save").click()')
             for _ in range(100):
                 if (file := tmp_path / f'answers_{name}.csv').exists():
@@ -348,7 +348,7 @@ def test_mistakes(study, made, phantom, cache, tmp_path, capsys):
     cases = [('', 'required step'), (f'plan --out {tmp_path}/x', '--fake required'), (f'plan --fake {made} --out {tmp_path}/x', '--data required'), (f'{plan} --out {study}', 'holds a study already'),
              (f'{plan} --n 5 --out {tmp_path}/x', '--n 5 even'), (f'{plan} --n 0 --pairs 0 --likert 0 --out {tmp_path}/x', 'not all 0'),
              (f'{plan} --n 60 --out {tmp_path}/x', 'need 143 there are 20 and 15 ask for fewer'), (f'page --reader a --out {tmp_path}/x', 'study.json readers plan'),
-             (f'page --out {study}', '--reader NAME required'), (f'page --reader a,b --out {study}', "'a,b' name"), (f'score --out {tmp_path}/x', 'study.json readers plan'),
+             (f'page --out {study}', '--reader NAME required'), (f'score --out {study} --reader a', '--reader readers page away'), (f'page --reader a,b --out {study}', "'a,b' name"), (f'score --out {tmp_path}/x', 'study.json readers plan'),
              (f'score --out {study}', 'answers.csv --answers FILE'), (f'score --out {study} --answers {tmp_path}/none.csv', 'none.csv'),
              *((f'score --out {study} --answers {tmp_path}/{f}.csv', w) for f, w in (('columns', 'expected columns reader,order'), ('foreign', '000000000000 not of the study'),
                                                                                      ('value', f"{item} 'yes' none of those")))]
