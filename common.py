@@ -1059,9 +1059,9 @@ class Upsample(nn.Module):
         small = torch.einsum(rule, w, *[self.taps.to(w.dtype)] * dims)                                    # (2,.., O, I, 2,..)
         outs = (F.conv2d, F.conv3d)[dims - 2](x, small.flatten(0, dims), self.conv.bias.repeat(2 ** dims), padding=1)
         n, c = x.shape[2:], len(self.conv.bias)
+        last = (torch.channels_last, torch.channels_last_3d)[dims - 2]
         y = torch.empty(x.shape[0], c, *(2 * s for s in n), dtype=outs.dtype, device=x.device,
-                        memory_format=torch.channels_last if dims == 2 and outs.is_contiguous(memory_format=torch.channels_last)
-                        else torch.contiguous_format)
+                        memory_format=last if outs.is_contiguous(memory_format=last) else torch.contiguous_format)
         for i in range(2 ** dims):
             phase = [(i >> (dims - 1 - a)) & 1 for a in range(dims)]
             part = outs[(slice(None), slice(i * c, (i + 1) * c), *(slice(p, p + s) for p, s in zip(phase, n)))]
@@ -1770,9 +1770,9 @@ def build_net(args, in_channels, out_channels, extra_dim=0):
 
 
 def channels_last(net):
-    """net in the memory layout in which its convolutions are faster: 2D ones, 3D ones only on a GPU."""
-    flat = not any(isinstance(m, nn.Conv3d) for m in net.modules())
-    return net.to(memory_format=torch.channels_last) if flat else net
+    """net in the memory layout in which its convolutions are faster."""
+    deep = any(isinstance(m, nn.Conv3d) for m in net.modules())
+    return net.to(memory_format=torch.channels_last_3d if deep else torch.channels_last)
 
 
 def cut_block(block, keep):
