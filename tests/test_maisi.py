@@ -194,7 +194,7 @@ def test_end_to_end(files, call, phantom, tmp_path):
         spacing = next(r['spacing'] for r in volumes.table if r['folder'] == row['condition'].split(':')[0])
         assert image.shape == (16, 16, 8) and np.allclose(image.header.get_zooms(), spacing[::-1], atol=1e-4)
         seen[name] = np.asarray(image.dataobj)
-    assert seen['maisi'].std() > 0.01 and np.abs(seen['maisi'] - seen['split']).max() < 1e-5 and np.abs(seen['maisi'] - seen['euler']).max() > 1e-4
+    assert seen['maisi'].std() > 0.01 and np.abs(seen['maisi'] - seen['split']).max() < 5e-5 and np.abs(seen['maisi'] - seen['euler']).max() > 2e-4
 
 
 WRONG = [  # flags, words of the line
