@@ -1297,7 +1297,7 @@ def look(volume, points, extent, mode='bilinear'):
 
 def explained(q, centre, points, fixed, volume, extent, order=3):
     """What points (N,3), from their centre, tell about a volume (C,Z,H,W) in [0,1] where affine(q) (K,12) puts them: MI times the share of
-    the points that lie inside, so that leaving the image does not pay; and NMI; (K,). A second channel of the volume weighs the points."""
+    the points that lie inside, so that leaving the image does not pay; and NMI; (K,)."""
     A = affine(q)
     values, inside = look(volume, points @ A[:, :, :3].mT + A[:, None, :, 3] + centre, extent)
     mi, nmi = information(joint_histogram(fixed, values[0], inside, order=order))
@@ -1324,8 +1324,8 @@ def coarser(v, spacing, mm=2.0):
 
 
 class Template:
-    """Labels (Z,H,W) and, at about 2 mm and in [0,1], the brain, smoothed by Gaussians of 1, 2 and 4 mm; near: up to 6 mm from the brain,
-    where images are compared, so that no skull takes part. floor: the world's z at the lower border, mm."""
+    """Labels (Z,H,W) and, at about 2 mm and in [0,1], the brain, smoothed by Gaussians of 1, 2 and 4 mm; at: its voxels and those up to 6 mm
+    from it, shuffled, where images are compared. extent of the labels, size of the levels, mm; floor: the world's z at the lower border."""
 
     def __init__(self, file, labels_file):
         (image, spacing), (labels, _) = read_nifti(file), read_nifti(labels_file)
@@ -1354,8 +1354,8 @@ class Template:
 
 
 def brain_of(image, spacing):
-    """An image (Z,H,W), its skull taken away, in [0,1] and at about 2 mm; its spacing; the brain's centre (x, y) mm. Brain: the largest piece of what
-    is brighter than 0.6 of the head's inner median, opened by 5 mm in plane (that cuts the scalp off) and grown again by 3 mm more for its fluid."""
+    """An image (Z,H,W) in [0,1] and at about 2 mm; the same without its skull; spacing; the brain's centre (x, y) mm. Brain: the largest piece
+    of what is brighter than 0.6 of the head's inner median, opened by 5 mm in plane (that cuts the scalp off), grown 3 mm more for its fluid."""
     v, spacing = coarser(torch.from_numpy(np.ascontiguousarray(image)), spacing)
     pool = lambda m, mm: F.max_pool2d(m.float(), [2 * round(mm / s) + 1 for s in spacing[1:]], 1, [round(mm / s) for s in spacing[1:]])
     inner = 1 - pool(~torch.from_numpy(head_mask(v.numpy())), 15) > 0
@@ -1368,35 +1368,38 @@ def brain_of(image, spacing):
     brain = pool(core, 8) > 0 if n else torch.ones_like(v, dtype=torch.bool)
     low, high = np.percentile(v[brain & (v > v.min())].numpy(), (1, 99))
     _, y, x = brain.nonzero().float().mean(0).tolist()
-    return ((v - low) / max(high - low, 1e-6)).clamp(0, 1) * brain, spacing, ((x + 0.5) * spacing[2], (y + 0.5) * spacing[1])
+    v = ((v - low) / max(high - low, 1e-6)).clamp(0, 1)
+    return v, v * brain, spacing, ((x + 0.5) * spacing[2], (y + 0.5) * spacing[1])
 
 
 @torch.no_grad()
 def register(template, image, spacing):
     """A volume (Z,H,W): matrix, NMI, and NMI of the same place in the volume turned upside down. 12 dof from the template to the patient, from
-    1,170 starts (height, z-scale, pitch), on 6,000, 20,000 and 60,000 points: four seconds of one core."""
-    v, spacing, middle = brain_of(image, spacing)
-    centre = torch.tensor([*middle, len(v) * spacing[0] / 2])
-    extent, reach = extent_of(v.shape, spacing), torch.full((12,), math.inf)
+    1,755 starts (scale, height, depth, pitch, z-scale), on 3,000 to 50,000 points: 4 to 8 s of one core."""
+    head, brain, spacing, middle = brain_of(image, spacing)
+    centre = torch.tensor([*middle, len(head) * spacing[0] / 2])
+    extent, reach = extent_of(head.shape, spacing), torch.full((12,), math.inf)
     starts = torch.cartesian_prod(torch.tensor([0.82, 0.92, 1.03]).log() * 60, torch.linspace(-0.35, 0.4, 13) * extent[2], torch.tensor([-25.0, 0, 25]),
                                   torch.tensor([-15.0, 0, 15]), torch.tensor([0.7, 0.9, 1.15, 1.5, 2.0]).log() * 60)
-    q = torch.zeros(len(starts), 12)
+    q, told = torch.zeros(len(starts), 12), None
     q[:, [6, 2, 1, 3, 8]], q[:, 7] = starts, starts[:, 0]
-    for mm, n, scales, keep, steps, lr in ((4, 3000, 3, 3, 50, 2.0), (2, 20000, 1, 2, 40, 0.7), (1, 60000, 1, 1, 40, 0.25)):
-        about = (centre, *template.sample(n, mm), blur(v, mm, spacing)[None], extent)
-        told = torch.cat([explained(part, *about)[0] for part in q.split(64)])
+    # without the skull until one place is chosen, as the whole head would choose too large a brain; then with it, as the skull is taken away roughly
+    for mm, n, scales, keep, steps, lr, seen in ((4, 3000, 3, 3, 50, 2.0, brain), (2, 20000, 3, 1, 40, 0.7, brain),
+                                                 (2, 20000, 1, 1, 40, 0.7, head), (1, 50000, 1, 1, 40, 0.25, head)):
+        about = (centre, *template.sample(n, mm), blur(seen, mm, spacing)[None], extent)
+        told = torch.cat([explained(part, *about)[0] for part in q.split(64)]) if told is None else told
         best = told.view(scales, -1).topk(keep)[1] + torch.arange(scales)[:, None] * (len(q) // scales)      # the best of each scale
         with torch.enable_grad():
             q, told = climb(q[best.flatten()], reach, steps, lr, *about)
     A = affine(q)[0]
-    flipped = (*about[:3], about[3].flip(1), extent)
-    return inverse(torch.cat([A[:, :3], (A[:, 3] + centre - A[:, :3] @ template.centre)[:, None]], 1)), *(float(explained(q, *a, order=0)[1]) for a in (about, flipped))
+    nmi, turned = (explained(q, *about[:3], v, extent, order=0)[1].item() for v in (about[3], about[3].flip(1)))
+    return inverse(torch.cat([A[:, :3], (A[:, 3] + centre - A[:, :3] @ template.centre)[:, None]], 1)), nmi, turned
 
 
 def search(template, image, spacing):
     """A single slice (1,H,W) at every level, 4 mm apart: 6 dof in plane, then tilts up to 10 degrees, then the level itself. Matrix, NMI, the
     template's z at the slice's middle (mm above its lower border), and the levels that are about as good: low, high."""
-    v, spacing, middle = brain_of(image, spacing)
+    _, v, spacing, middle = brain_of(image, spacing)
     centre = torch.tensor([*middle, spacing[0] / 2])
     at = (F.max_pool2d((v > 0).float(), 5, 1, 2)[0] > 0).nonzero()
     at = at[torch.randperm(len(at), generator=generator('atlas', len(at)))[:4000]]
@@ -1482,14 +1485,17 @@ def atlas(args):
         if name in done and targets[name].exists():
             continue
         (image,), mask, spacing, _ = read_patient(p)
-        clock = time.process_time()
-        matrix, nmi, *more = (search if len(image) == 1 else register)(template, image, spacing)
-        bounds = (0, 0, *image.shape[1:])
+        if image.min() == image.max():
+            fail(f'{p["files"]["bravo"]}: is empty; remove the patient', 1)
+        if name not in done:
+            clock = time.process_time()
+            matrix, nmi, *more = (search if len(image) == 1 else register)(template, image, spacing)
+            done[name] = dict(matrix=matrix.tolist(), nmi=nmi, seconds=time.process_time() - clock, shape=image.shape, spacing=spacing,
+                              **(dict(zip(('z', 'z_low', 'z_high'), (v + template.floor for v in more))) if len(image) == 1 else dict(upside_down=more[0])))
+        bounds, matrix = (0, 0, *image.shape[1:]), torch.tensor(done[name]['matrix'])
         labels = np.stack([labels_at(template, matrix, plane(bounds, bounds[2:], spacing, z), bounds[2:]) for z in range(len(image))])
         data = as_stored(labels, p['files']['bravo'])
-        done[name] = dict(matrix=matrix.tolist(), nmi=nmi, seconds=time.process_time() - clock, shape=image.shape, spacing=spacing, sha=sha(data),
-                          tumour=tumour_counts(mask, grow_labels(labels, spacing[1:])),
-                          **(dict(zip(('z', 'z_low', 'z_high'), (v + template.floor for v in more))) if len(image) == 1 else dict(upside_down=more[0])))
+        done[name] |= dict(sha=sha(data), tumour=tumour_counts(mask, grow_labels(labels, spacing[1:])))
         save()                                                                # first: what stands there without a line here is somebody else's
         targets[name].parent.mkdir(parents=True, exist_ok=True)
         atomic_write(targets[name], data)
@@ -1509,7 +1515,7 @@ def atlas(args):
 
 def atlas_picture(path, template, patients, done):
     """Six levels of up to four volumes, or 24 single slices, with the outlines of the template's ventricles and labels."""
-    heights = np.percentile(template.labels.numpy().astype(int).clip(0, 1).nonzero()[0], (15, 35, 45, 52, 62, 80)) * (template.extent[2].item() / len(template.labels))
+    heights = np.percentile(template.labels.nonzero()[:, 0], (15, 35, 45, 52, 62, 80)) * (template.extent[2].item() / len(template.labels))
     some, tiles = patients[::max(1, len(patients) // 4)][:4], []
     if all(done[p['folder'].name]['shape'][0] == 1 for p in patients):
         some, heights = patients[::max(1, len(patients) // 24)][:24], heights[:1]
@@ -1555,6 +1561,8 @@ def compare_slices(args, template, done, state, save):
     for r in progress(rows, 'slices'):
         folder = Path(args.fake) / r['folder']
         mask, spacing = read_nifti(folder / 'seg.nii.gz')
+        if len(mask) > 1:
+            fail(f'--fake {args.fake}: {r["folder"]} is a stack of {len(mask)} slices; sets of single slices are compared here')
         source, _, z = r['condition'].rpartition(':')
         if not made.get('bravo'):
             how['on others\' parcellations'] += 1
