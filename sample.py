@@ -829,8 +829,8 @@ def main(args):
         first = [out / r['folder'] for r in rows[:16]]
         whole = lambda name: [v if main_run.args.volume else v[0] for v in (read_nifti(f / f'{name}.nii.gz')[0] for f in first)]
         m = whole('seg')
-        a = list(zip(*[views(np.stack(whole(n)), m) for n in names])) if args.bravo else [[x * 2.0 - 1] for x in views(np.stack(m), m)]
-        m = views(np.stack(m), m)
+        a = list(zip(*[views(np.array(whole(n)), m) for n in names])) if args.bravo else [[x * 2.0 - 1] for x in views(np.array(m), m)]
+        m = views(np.array(m), m)
         zoom = max(1, 128 // main_run.args.size)
         for file, pairs in (('grid.png', list(zip(a, m))), ('rejected.png', shown)):
             pairs = [(*x, outline(x[-1], y, zoom=zoom)) for x, y in pairs]

@@ -203,8 +203,8 @@ def asked(tmp_path):
             for size, x, y in drawn(requests[i % 6], i):
                 mask |= disc(size * 32, x * 64, y * 64)
             write_patient(out / f'syn_{i}', {}, mask, (1.0, 1.0))
-            rows.append([f'syn_{i}', i, ''])
-        write_csv(out / 'manifest.csv', ['folder', 'index', 'source_patient'], rows)
+            rows.append([f'syn_{i}', i, '', f'seg:x request {i % 6}: {len(requests[i % 6])} lesions'])
+        write_csv(out / 'manifest.csv', ['folder', 'index', 'source_patient', 'condition'], rows)
         (out / 'sample.json').write_text(json.dumps(dict(asked=requests, pixels=64, seg='x')))
         evaluate.main(evaluate.get_args(['control', '--fake', str(out), '--out', str(tmp_path / 'control'), '--repeats', '20']))
         return json.loads((tmp_path / 'control/metrics.json').read_text())

@@ -394,7 +394,7 @@ TRAIN = [
     ('--latent {vaes}/2', '--latent eps --rflow --target v x0'),
     ('--latent none --rflow', 'none: no such run folder'),
     ('--latent {trained}/bravo --rflow', '--latent bravo no autoencoder --vae'),
-    ('--latent {vaes}/2 --rflow --size 32', '--latent 16 pixels --size is 32'),
+    ('--latent {vaes}/2 --rflow --size 32', '--latent --size 16 this run has 32'),
     ('--latent {vaes}/8 --rflow --channels 8,8,8 --attention 0,0,0', '--size 16 --latent 3 levels multiple of 32'),
     ('--wavelet --rflow --size 18', '--size 18 --wavelet multiple of 4'),
     ('--wavelet --rflow --init {trained}/bravo --init-range 0,1', '--init-range --wavelet'),
