@@ -73,8 +73,7 @@ def get_args(argv=None):
     g.add_argument('--engine', choices=('own', 'nnunetv2'), default='own', help='nnunetv2: trains and predicts with the nnU-Net v2 that is on the PATH')
     g.add_argument('--network', choices=('nnunet', *(f'mednext-{k}' for k in MEDNEXT)), default='nnunet', help="nnU-Net's, or MedNeXt's four sizes")
     g.add_argument('--kernel', choices=('3', '5', 'upkern'), default='3', help='of MedNeXt; upkern: half the steps with 3, then 5 from its weights')
-    g.add_argument('--optimizer', choices=('sgd', 'adamw'), default='sgd', help="sgd: nnU-Net's, for thousands of steps; adamw: MedNeXt's, "
-                   'which always has it, and for hundreds')
+    g.add_argument('--optimizer', choices=('sgd', 'adamw'), default='sgd', help="sgd: nnU-Net's; adamw: MedNeXt's, which always has it")
     g.add_argument('--width', type=number(int, 1), default=32, help="features at full size; 32 is nnU-Net's and MedNeXt's, 8 suits a CPU")
     g.add_argument('--batch-size', type=number(int, 2), default=16, help='slices a step')
     g.add_argument('--seeds', type=number(int, 1), default=3, help='trainings of each arm')
@@ -537,7 +536,7 @@ def train_segmenter(images, masks, steps, device='cpu', seed=0, network='nnunet'
     def build(kernel):
         torch.manual_seed(seed_of(seed, 'segmenter') % 2 ** 32)
         net = build_segmenter(network, images.shape[2:], width, kernel).to(device, memory_format=layout)
-        if network == 'nnunet' and optimizer == 'sgd':      # its momentum first throws the net to "no tumour", and hundreds of steps do not bring it back
+        if network == 'nnunet' and optimizer == 'sgd':
             return net, torch.optim.SGD(net.parameters(), 0.01, 0.99, nesterov=True, weight_decay=3e-5)
         return net, torch.optim.AdamW(net.parameters(), 1e-3, weight_decay=3e-5, eps=1e-4)
 
@@ -932,8 +931,6 @@ def trained_once(args, name, steps, arm_images, arm_masks, seed, augmented, imag
     found = np.load(file)['found']
     if found.shape != images[:, 0].shape:
         fail(f'{file}: holds {found.shape[0]} slices, expected {len(images)}; choose another --out')
-    if not found.any():
-        print0(f'WARNING: {name} finds nothing in any slice: this training failed, and its zeros compare nothing; take more steps or --optimizer adamw')
     return found
 
 
@@ -988,6 +985,8 @@ def downstream(args):
         for arm in args.arms:
             own_images, own_masks, _ = arm_slices(args, arm)
             f = trained_once(args, f'{arm}_{seed}', steps, own_images, own_masks, seed, arm.endswith('_aug'), images, device)
+            if not (f & truth).any():
+                print0(f'WARNING: {arm}_{seed} touches no real lesion: this training failed, and its zeros compare nothing; take more steps')
             scores = {p: patient_metrics(f[patients == p], truth[patients == p], spacing[patients == p], args.tolerance) for p in names}
             atomic_write(out / 'results' / f'{arm}_{seed}.json', json.dumps(dict(arm=arm, seed=seed, steps=steps, slices=len(own_images), patients=scores), indent=1).encode())
             results[arm].append([list(scores[p].values()) for p in names])
