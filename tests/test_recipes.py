@@ -109,9 +109,9 @@ def test_stages_of_sizes():
 
 
 @pytest.mark.parametrize('kind, flags', [('bravo', ['--rflow', '--progressive', '8,16']), ('seg', ['--rflow', '--progressive', '8,16']),
-                                         ('bravo', ['--rflow', '--schedule', 'laplace']), ('bravo', ['--schedule', 'cauchy', '--steps', 50]),
+                                         ('bravo', ['--rflow', '--schedule', 'laplace']), ('bravo', ['--schedule', 'cauchy', '--steps', 10]),
                                          ('bravo', ['--rflow', '--curriculum', 3]), ('bravo', ['--rflow', '--fft', 1, '--fft-log', 0.1]),
-                                         ('bravo', ['--rflow', '--dtype', 'pure-bf16']), ('seg', ['--dtype', 'pure-bf16', '--kahan', '--steps', 50]),
+                                         ('bravo', ['--rflow', '--dtype', 'pure-bf16']), ('seg', ['--dtype', 'pure-bf16', '--kahan', '--steps', 10]),
                                          ('bravo', ['--rflow', '--sparse24', '--dense-tail', 0.5])], ids=str)
 def test_flags_resume_and_sample(call, phantom, tmp_path, monkeypatch, kind, flags):
     run = resumes(call, tmp_path, monkeypatch, kind, *flags)

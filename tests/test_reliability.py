@@ -1,6 +1,7 @@
 """What must hold when something dies: resuming to the same bits, whole checkpoints, whole sets, 1 process as 2."""
 import csv
 import errno
+import functools
 import json
 import math
 import os
@@ -17,6 +18,7 @@ import pytest
 import torch
 
 import common
+import conftest
 import sample
 from common import load_checkpoint, read_nifti, save_checkpoint
 
@@ -107,8 +109,9 @@ def test_a_complete_run_stays_as_it_is(call, tmp_path, capsys):
 
 
 @pytest.mark.parametrize('kind', ['seg', 'bravo'])
-def test_lr_find_is_undone(call, tmp_path, kind):
+def test_lr_find_is_undone(call, tmp_path, monkeypatch, kind):
     """--lr-find leaves no trace in the run: same bits as without."""
+    monkeypatch.setattr(conftest.SCRIPTS[kind], 'lr_find', functools.partial(common.lr_find, steps=20))
     plain = call(kind, tmp_path / 'plain', '--rflow')
     assert_same_run(plain, call(kind, tmp_path / 'found', '--rflow', '--lr-find'))
     assert len(common.read_csv(tmp_path / 'found/lr_find.csv')) > 10 and (tmp_path / 'found/lr_find.png').exists()
