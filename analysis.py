@@ -262,7 +262,10 @@ def patients(args):
     """Rates of distorted images by source patient; a patient stands out against the rate of all others, corrected for looking at all."""
     out, source = Path(args.out), {r['folder']: r['source_patient'] for r in read_csv(Path(args.fake) / 'manifest.csv')}
     if args.scores:
-        told, undecided = {r['folder']: r['verdict'] == 'bad' for r in read_csv(Path(args.scores) / 'scores.csv')}, 0
+        rows = read_csv(Path(args.scores) / 'scores.csv')
+        told, undecided = {r['folder']: r['verdict'] == 'bad' for r in rows}, 0
+        if len(told) < len(rows):
+            fail(f'--scores {args.scores}: holds several slices of a folder; patients counts images, give a set of single slices')
     else:
         told, undecided = verdicts(read_answers(args.answers), args.fake)
     groups = {}
@@ -387,6 +390,8 @@ def onset(args):
     kept = [np.load(fake / r['folder'] / 'trajectory.npz') for r in rows]
     ts = [float(f'{t:.6g}') for t in kept[0]['t']]
     x = np.stack([k['x0_hat'] for k in kept]).clip(-1, 1)                                                      # (N,T,S,S)
+    if x.ndim != 4:
+        fail(f'--fake {fake}: holds volumes, and a detector judges slices; give a set of slices')
     if ts[-1] != 0:
         fail(f'--fake {fake}: its steps end at t={ts[-1]:g}; add 0 to --save-at, the image itself')
     masks = torch.from_numpy(np.stack([read_nifti(fake / r['folder'] / 'seg.nii.gz')[0][0] for r in rows])).float()[:, None]
@@ -440,7 +445,6 @@ def onset(args):
 # ---------------------------------------------------------------------------------------------------------------------
 # hard cases
 # ---------------------------------------------------------------------------------------------------------------------
-VENTRICLES = (4, 14, 15, 43)                                              # FreeSurfer's labels of the lateral, third and fourth
 LESION = ('diameter', 'x', 'y', 'count', 'edge', 'hit', 'arm', 'seed', 'patient', 'folder', 'slice', 'lesion', 'unit')
 
 
@@ -540,8 +544,19 @@ def hard_cases(args):
            f'{((n > 0) & (n < 10)).sum()} of {(n > 0).sum()} kinds have fewer than 10. Lesions of one patient are alike: intervals are too narrow')
     print0(f'{out}/hard.json: drawn with lam {args.lam:g}, the {len(w)} slices count as {about["ess"]:.0f}; use it with sample.py --hard-cases; look at recall.png and '
            f'weights.png: a map of the box each for diameters {sizes[0]}, {sizes[1]} and above')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # attention
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def load_single(path, device):
+    """load_run of a run that makes single slices; others end in one line."""
+    run = load_run(path, device)
+    if run.args.volume or getattr(run.args, 'dual', None):
+        fail(f'{path}: makes {"volumes" if run.args.volume else "pairs"}; give a run on single slices')
+    return run
 
 
 def tumour_rows(run, args):
@@ -619,7 +634,7 @@ def attention_maps(args):
     """Attention on the way from noise to image (x_t of the solver, not noised real images), averaged over heads; then x0_hat at the same x_t with the
     mask taken away or mirrored. Attention is not attribution: it says where a layer reads, the second what the output owes to the mask."""
     device, out = setup(args), Path(args.out)
-    run = load_run(args.run, device)
+    run = load_single(args.run, device)
     net, size, bravo = run.net, run.args.size, run.args.script == 'bravo'
     if not any(isinstance(m, (Attention, JointBlock)) for m in net.modules()):
         fail(f'{args.run}: has no attention (--model {run.args.model}); give a run of unet, dit or mmdit')
@@ -728,7 +743,7 @@ def uncertainty(args):
     """K images of each mask from each run. The spread of seeds is what the data leave open given a mask (and what the solver makes of it), not
     doubt; models that were trained with other --seed differ by what they do not know."""
     device, out = setup(args), Path(args.out)
-    runs = [load_run(r, device) for r in args.runs]
+    runs = [load_single(r, device) for r in args.runs]
     for run in runs:
         if run.args.script != 'bravo' or run.args.size != runs[0].args.size:
             fail(f'{run.path}: is a run of train_{run.args.script}.py on {run.args.size} pixels; expected image models of one size, {runs[0].args.size}')

@@ -2764,6 +2764,8 @@ def finish_args(args):
     for name in ('crop', 'inflate'):
         if getattr(args, name) and (not args.volume or args.model != 'unet'):
             fail(f'--{name} {getattr(args, name)}: is for a U-Net on volumes; add --volume D, leave --model {args.model} away')
+    if args.prune and args.crop:
+        fail(f'--prune {args.prune:g} and --crop: weights are judged on whole volumes; leave one of them away')
     if args.inflate and args.init:
         fail(f'--inflate {args.inflate} and --init {args.init}: both say where to start; give one')
     args.init = args.inflate or args.init
@@ -3259,6 +3261,8 @@ def load_init(net, args):
                 fail(f'--init {args.init}: was trained with {name} {theirs[name]}, this run has {getattr(args, name)}; make them agree')
         if bool(theirs['volume']) == (not args.volume or bool(args.inflate)):
             fail(f'--init {args.init}: was trained with --volume {theirs["volume"]}, this run has {args.volume}; a run on slices is made 3D by --inflate RUN')
+        if list(theirs['dual'] or ()) != list(getattr(args, 'dual', None) or ()):
+            fail(f'--init {args.init}: was trained with dual {theirs["dual"]}, this run has {getattr(args, "dual", None)}; make them agree')
         args.init_range = theirs.get('init_range')
         behind = [['mask-present'] * bool(a['p_uncond']) + ['neighbour'] * a.get('neighbours', 0) for a in (theirs, vars(args))]
         if 'neighbour' in sum(behind, []) and behind[0] != behind[1][:len(behind[0])]:           # channels of another meaning, if as many

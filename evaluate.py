@@ -935,11 +935,11 @@ def trained_once(args, name, steps, arm_images, arm_masks, seed, augmented, imag
 
 
 def study_steps(args, device):
-    """The number of steps of every training, from --iters or by timing 20; kept in study.json. Fails when a flag there differs."""
+    """The number of steps of every training, from --iters or by timing 20; kept in arms.json. Fails when a flag there differs."""
     out, now = Path(args.out), {k: v for k, v in plain(args).items() if k in STUDY}
     counts = {s: len(arm_slices(args, a)[0]) for s, a in (('data', 'real'), ('fake', 'synthetic'), ('gated', 'gated')) if getattr(args, s)}
-    if (out / 'study.json').exists():
-        old = json.loads((out / 'study.json').read_text())
+    if (out / 'arms.json').exists():
+        old = json.loads((out / 'arms.json').read_text())
         changed = [f'--{k.replace("_", "-")} {now[k]} (was {old[k]})' for k in STUDY if old[k] != now[k]]
         changed += [f'{n} training slices of --{s} (were {old["slices"].get(s)})' for s, n in counts.items() if old['slices'].get(s) != n]
         if changed:
@@ -957,7 +957,7 @@ def study_steps(args, device):
         steps = max(int(args.minutes * 60 / seconds), 1)
         print0(f'{seconds:.3f} s a step of {args.batch_size}: {steps} steps in {args.minutes:g} minutes, for every training')
     out.mkdir(parents=True, exist_ok=True)
-    atomic_write(out / 'study.json', json.dumps(dict(now, steps=steps, slices=counts), indent=1).encode())
+    atomic_write(out / 'arms.json', json.dumps(dict(now, steps=steps, slices=counts), indent=1).encode())
     return steps
 
 
@@ -1077,7 +1077,7 @@ def export_nnunet(args, arm, raw):
         if not table:
             fail(f'--data {" ".join(args.data)}: no slice of a {part} patient, and nnU-Net needs some; see --split')
         for i, (image, mask, row) in enumerate(zip(images, masks, table)):
-            name = f'{part if part != "train" else "real" if row["root"] in map(str, args.data) else "syn"}_{i:06d}'
+            name = f'{part if part != "train" else "real" if row["root"] in [str(Path(d)) for d in args.data] else "syn"}_{i:06d}'
             for folder, a in ((f'images{"Ts" if part == "test" else "Tr"}/{name}_0000', image), *([] if part == 'test' else [(f'labelsTr/{name}', mask)])):
                 nib.save(nib.Nifti1Image(a[0].T[..., None], np.diag([1.0, 1, 999, 1])), raw / f'{folder}.nii.gz')
             n += part != 'test'
@@ -1135,6 +1135,9 @@ def nnunetv2(args, name, steps, augmented, device):
         run(NNUNET[2], '-i', str(raw / 'imagesTs'), '-o', str(root / f'found_{seed}'), '-d', '1', '-c', '2d', '-f', '0', *how, '--disable_tta', '-npp', '1', '-nps', '1')
     files = sorted((root / f'found_{seed}').glob('test_*.nii.gz'))
     return np.stack([np.asarray(nib.load(f).dataobj)[..., 0].T > 0 for f in files])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # coherence
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -1758,9 +1761,10 @@ def plan_readers(args, out):
         fail(f'--fake {args.fake}: holds masks only; make images with sample.py --bravo RUN')
     fake = load_slices([args.fake], made['pixels'], cache=args.cache, training=False)
     real = load_slices(args.data, made['pixels'], box=made['box'], split=args.split, cache=args.cache)
-    level = {r['folder']: float(r['level']) for r in read_csv(Path(args.fake) / 'manifest.csv')}
+    level = {r['folder']: float(r['level']) for r in read_csv(Path(args.fake) / 'manifest.csv') if r['level']}
+    level = {id(t): t['level'] if t['level_known'] else level.get(t['folder'], t['level']) for data in (fake, real) for t in data.table}      # of a volume's slices their own
     sides = [(data, [data.table[i] for i in rows], rows) for data, rows in ((fake, range(len(fake.table))), (real, real.rows('test')))]
-    about = [np.array([(math.sqrt(t['tumour']) / made['pixels'], level.get(t['folder'], t['level']), t['tumour'] > 0) for t in table]).reshape(-1, 3) for _, table, _ in sides]
+    about = [np.array([(math.sqrt(t['tumour']) / made['pixels'], level[id(t)], t['tumour'] > 0) for t in table]).reshape(-1, 3) for _, table, _ in sides]
     want = {k: n for k, n in zip(KINDS, (args.n // 2, args.pairs, args.likert // 2)) if n}                # matched pairs, and one more each for practice
     todo = [(k, m == 0) for k, n in want.items() for m in range(n + 1)]
     if min(map(len, about)) < len(todo):

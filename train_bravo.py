@@ -111,7 +111,7 @@ def finish_spaces(args, given):
         if 'channels' not in given:
             args.channels = tuple(args.channels[0] // 2 * m for m in (1, 2, 4, 4)[:len(VAES[args.vae]) + 1])            # full: MAISI's widths
         args.attention, factor = (0,) * len(args.channels), max(math.prod(s) for s in zip(*VAES[args.vae]))
-        for name, n in (('size', args.size), ('volume', args.volume or 0)):
+        for name, n in (('size', args.size), ('volume', args.volume or 0), *(('crop', n) for n in args.crop or ())):
             if n % factor:
                 fail(f'--{name} {n}: --vae {args.vae} needs a multiple of {factor}')
         if args.iters == 0:
@@ -642,8 +642,9 @@ def main(args):
     process = build_process(args)
     process.space = space
     if args.prune and not state:                                             # of the network from --init; the training goes on with what is left
-        x_0, mask, extra = (v if v is None else v.to(device) for v in batch(rows[:64]))
-        prune(net, process, args, process.to_range(x_0), mask_condition(mask, args.p_uncond, near=near(rows[:64])), None, extra)
+        few = args.batch_size if args.volume else 64
+        x_0, mask, extra = (v if v is None else v.to(device) for v in batch(rows[:few]))
+        prune(net, process, args, process.to_range(x_0), mask_condition(mask, args.p_uncond, near=near(rows[:few])), None, extra)
     if state:
         fit_pruned(net, state['net'])
         net.load_state_dict(state['net'])

@@ -121,7 +121,7 @@ def main(args):
     net = net.to(device)
     process = build_process(args)
     if args.prune and not state:                                             # of the network from --init; the training goes on with what is left
-        x_0, extra = (v if v is None else v.to(device) for v in batch(rows[:64]))
+        x_0, extra = (v if v is None else v.to(device) for v in batch(rows[:args.batch_size if args.volume else 64]))
         prune(net, process, args, process.to_range(x_0), None, tokens(x_0), extra)
     if state:
         fit_pruned(net, state['net'])
