@@ -53,6 +53,7 @@ def get_args(argv=None):
     g.add_argument('--engine', choices=('own', 'nnunetv2'), default='own', help='nnunetv2: trains and predicts with the nnU-Net v2 that is on the PATH')
     g.add_argument('--network', choices=('nnunet', *(f'mednext-{k}' for k in MEDNEXT)), default='nnunet', help="nnU-Net's, or MedNeXt's four sizes")
     g.add_argument('--kernel', choices=('3', '5', 'upkern'), default='3', help='of MedNeXt; upkern: half the steps with 3, then 5 from its weights')
+    g.add_argument('--optimizer', choices=('sgd', 'adamw'), default='sgd', help="sgd: nnU-Net's; adamw: MedNeXt's, which always has it")
     g.add_argument('--width', type=number(int, 1), default=32, help="features at full size; 32 is nnU-Net's and MedNeXt's, 8 suits a CPU")
     g.add_argument('--batch-size', type=number(int, 2), default=16, help='slices a step')
     g.add_argument('--seeds', type=number(int, 1), default=3, help='trainings of each arm')
@@ -473,10 +474,10 @@ def z_score(x):
     return (x - x.mean((1, 2, 3), True)) / x.std((1, 2, 3), keepdim=True).clamp(min=1e-7)
 
 
-def train_segmenter(images, masks, steps, device='cpu', seed=0, network='nnunet', width=32, kernel='3', batch=16, augmented=True):
+def train_segmenter(images, masks, steps, device='cpu', seed=0, network='nnunet', width=32, kernel='3', batch=16, augmented=True, optimizer='sgd'):
     """nnU-Net's recipe on slices (N,1,S,S) and masks; each slice to mean 0 and deviation 1. Returns images -> masks (N,S,S).
 
-    Nesterov's SGD (MedNeXt: AdamW, 1e-3), the rate falls as (1 - step/steps)^0.9, gradients clipped at 12; a third of each batch is drawn
+    Nesterov's SGD (MedNeXt, and on request: AdamW, 1e-3), the rate falls as (1 - step/steps)^0.9, gradients clipped at 12; a third of each batch is drawn
     from slices with tumour. The last weights are taken, as nnU-Net does, so that no patient is needed to choose them. No mirrors at test time.
     """
     layout = torch.channels_last if network == 'nnunet' else torch.contiguous_format      # narrow MedNeXts crash in channels_last (torch 2.13, CPU)
@@ -484,7 +485,7 @@ def train_segmenter(images, masks, steps, device='cpu', seed=0, network='nnunet'
     def build(kernel):
         torch.manual_seed(seed_of(seed, 'segmenter') % 2 ** 32)
         net = build_segmenter(network, images.shape[2:], width, kernel).to(device, memory_format=layout)
-        if network == 'nnunet':
+        if network == 'nnunet' and optimizer == 'sgd':
             return net, torch.optim.SGD(net.parameters(), 0.01, 0.99, nesterov=True, weight_decay=3e-5)
         return net, torch.optim.AdamW(net.parameters(), 1e-3, weight_decay=3e-5, eps=1e-4)
 
@@ -541,7 +542,7 @@ def cycle(args):
     rows = np.array([i for i, r in enumerate(fake.table) if r['tumour']])
     if min(map(len, (judge, test, rows))) < 8:
         fail(f'--data: {len(judge)} judge and {len(test)} test slices, --fake: {len(rows)} images with tumour; at least 8 of each are needed, see --split')
-    segment = train_segmenter(real.images[judge], real.masks[judge], args.train_steps, device, args.seed, width=8)
+    segment = train_segmenter(real.images[judge], real.masks[judge], args.train_steps, device, args.seed, width=8, optimizer='adamw')
     images = np.concatenate([fake.images[rows], real.images[test]])
     masks = np.concatenate([fake.masks[rows], real.masks[test]])[:, 0]
     patients = np.array([f'fake:{fake.table[i]["source"] or fake.table[i]["folder"]}' for i in rows] + [real.table[i]['patient'] for i in test])
@@ -676,7 +677,7 @@ ARMS = {f'{name}{end}': sets for end in ('', '_aug') for name, sets in
 PAIRS = [(f'{a}{end}', f'real{end}') for end in ('', '_aug') for a in ('synthetic', 'both', 'gated')] + [('real_aug', 'real')]
 METRICS = ('Dice', 'lesion-wise Dice', 'lesion recall', 'false positives a slice', 'HD95, mm', 'NSD')
 LESION = ['arm', 'seed', 'patient', 'folder', 'slice', 'lesion', 'diameter', 'area', 'x', 'y', 'count', 'edge', 'hit', 'unit']
-STUDY = ('data', 'fake', 'gated', 'split', 'size', 'engine', 'network', 'kernel', 'width', 'batch_size', 'iters', 'minutes', 'seed')
+STUDY = ('data', 'fake', 'gated', 'split', 'size', 'engine', 'network', 'kernel', 'optimizer', 'width', 'batch_size', 'iters', 'minutes', 'seed')
 
 
 def finish_downstream(args):
@@ -695,8 +696,8 @@ def finish_downstream(args):
         fail(f'--size {args.size}: must be a multiple of {multiple} for --network {args.network}')
     if args.network == 'nnunet' and args.kernel != '3':
         fail(f'--kernel {args.kernel}: is of MedNeXt; --network nnunet has 3')
-    if args.engine == 'nnunetv2' and (args.network != 'nnunet' or args.cross_validate or not args.iters):
-        fail('--engine nnunetv2: needs --iters N (its own recipe has 250000), --network nnunet and no --cross-validate')
+    if args.engine == 'nnunetv2' and (args.network != 'nnunet' or args.optimizer != 'sgd' or args.cross_validate or not args.iters):
+        fail('--engine nnunetv2: needs --iters N (its own recipe has 250000), --network nnunet, --optimizer sgd and no --cross-validate')
     for program in NNUNET if args.engine == 'nnunetv2' else ():
         if not shutil.which(program):
             fail(f'--engine nnunetv2: no {program} on the PATH; python3 -m venv nnunet && nnunet/bin/pip install nnunetv2, then PATH="$PWD/nnunet/bin:$PATH"')
@@ -870,7 +871,8 @@ def trained_once(args, name, steps, arm_images, arm_masks, seed, augmented, imag
         if args.engine == 'nnunetv2':
             found = nnunetv2(args, name, steps, augmented, device)
         else:
-            found = train_segmenter(arm_images, arm_masks, steps, device, seed, args.network, args.width, args.kernel, args.batch_size, augmented)(images)
+            found = train_segmenter(arm_images, arm_masks, steps, device, seed, args.network, args.width, args.kernel, args.batch_size, augmented,
+                                    args.optimizer)(images)
         buffer = io.BytesIO()
         np.savez_compressed(buffer, found=found)
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -899,7 +901,7 @@ def study_steps(args, device):
         seconds = []
         for n in (2, 22):
             start = time.perf_counter()
-            train_segmenter(images, masks, n, device, args.seed, args.network, args.width, args.kernel, args.batch_size)
+            train_segmenter(images, masks, n, device, args.seed, args.network, args.width, args.kernel, args.batch_size, optimizer=args.optimizer)
             seconds.append(time.perf_counter() - start)
         seconds = (seconds[1] - seconds[0]) / 20
         steps = max(int(args.minutes * 60 / seconds), 1)
@@ -933,6 +935,8 @@ def downstream(args):
         for arm in args.arms:
             own_images, own_masks, _ = arm_slices(args, arm)
             f = trained_once(args, f'{arm}_{seed}', steps, own_images, own_masks, seed, arm.endswith('_aug'), images, device)
+            if not (f & truth).any():
+                print0(f'WARNING: {arm}_{seed} touches no real lesion: this training failed, and its zeros compare nothing; take more steps')
             scores = {p: patient_metrics(f[patients == p], truth[patients == p], spacing[patients == p], args.tolerance) for p in names}
             atomic_write(out / 'results' / f'{arm}_{seed}.json', json.dumps(dict(arm=arm, seed=seed, steps=steps, slices=len(own_images), patients=scores), indent=1).encode())
             results[arm].append([list(scores[p].values()) for p in names])

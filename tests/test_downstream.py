@@ -260,10 +260,12 @@ def test_study(study, monkeypatch, capsys):
     """Arms without their set are left out and named; each training is on its arm's slices; a second start trains what is missing only; other flags are refused."""
     trainings = []
     real = train_segmenter
-    monkeypatch.setattr(evaluate, 'train_segmenter', lambda images, *a: (trainings.append((len(images), a[-1])), real(images, *a))[1])
+    monkeypatch.setattr(evaluate, 'train_segmenter', lambda images, *a: (trainings.append((len(images), a[-2])), real(images, *a))[1])
     out = study('--arms', 'real', 'both', 'real_aug', 'both_aug', 'synthetic')
     told = capsys.readouterr().out
     assert 'left out for want of a set: gated, gated_aug' in told and 'width 2, the published networks have 32' in told
+    scores = [json.loads(r.read_text())['patients'].values() for r in (out / 'results').glob('*.json')]
+    assert told.count('touches no real lesion') == sum(all(p['Dice'] == 0 for p in r) for r in scores)
     assert trainings == 2 * [(27, False), (33, False), (27, True), (33, True), (6, False)]
     about = json.loads((out / 'metrics.json').read_text())
     assert about['patients'] == 5 and about['slices'] == 15 and set(about['arms']) == {'real', 'both', 'real_aug', 'both_aug', 'synthetic'}
