@@ -747,8 +747,8 @@ def finish_downstream(args):
         fail(f'--size {args.size}: must be a multiple of {multiple} for --network {args.network}')
     if args.network == 'nnunet' and args.kernel != '3':
         fail(f'--kernel {args.kernel}: is of MedNeXt; --network nnunet has 3')
-    if args.engine == 'nnunetv2' and (args.network != 'nnunet' or args.cross_validate or not args.iters):
-        fail('--engine nnunetv2: needs --iters N (its own recipe has 250000), --network nnunet and no --cross-validate')
+    if args.engine == 'nnunetv2' and (args.network != 'nnunet' or args.optimizer != 'sgd' or args.cross_validate or not args.iters):
+        fail('--engine nnunetv2: needs --iters N (its own recipe has 250000), --network nnunet, --optimizer sgd and no --cross-validate')
     for program in NNUNET if args.engine == 'nnunetv2' else ():
         if not shutil.which(program):
             fail(f'--engine nnunetv2: no {program} on the PATH; python3 -m venv nnunet && nnunet/bin/pip install nnunetv2, then PATH="$PWD/nnunet/bin:$PATH"')
@@ -922,7 +922,12 @@ def trained_once(args, name, steps, arm_images, arm_masks, seed, augmented, imag
         if args.engine == 'nnunetv2':
             found = nnunetv2(args, name, steps, augmented, device)
         else:
+<<<<<<< HEAD
             found = train_segmenter(arm_images, arm_masks, steps, device, seed, args.network, args.width, args.kernel, args.batch_size, augmented, args.optimizer)(images)
+=======
+            found = train_segmenter(arm_images, arm_masks, steps, device, seed, args.network, args.width, args.kernel, args.batch_size, augmented,
+                                    args.optimizer)(images)
+>>>>>>> hard
         buffer = io.BytesIO()
         np.savez_compressed(buffer, found=found)
         file.parent.mkdir(parents=True, exist_ok=True)
