@@ -922,12 +922,7 @@ def trained_once(args, name, steps, arm_images, arm_masks, seed, augmented, imag
         if args.engine == 'nnunetv2':
             found = nnunetv2(args, name, steps, augmented, device)
         else:
-<<<<<<< HEAD
             found = train_segmenter(arm_images, arm_masks, steps, device, seed, args.network, args.width, args.kernel, args.batch_size, augmented, args.optimizer)(images)
-=======
-            found = train_segmenter(arm_images, arm_masks, steps, device, seed, args.network, args.width, args.kernel, args.batch_size, augmented,
-                                    args.optimizer)(images)
->>>>>>> hard
         buffer = io.BytesIO()
         np.savez_compressed(buffer, found=found)
         file.parent.mkdir(parents=True, exist_ok=True)
