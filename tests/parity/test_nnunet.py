@@ -35,7 +35,7 @@ pytestmark = pytest.mark.skipif(not all(shutil.which(p, path=f'{HERE}:{os.enviro
 
 
 def test_nnunet_end_to_end(tmp_path, monkeypatch):
-    """Integrity check, plans, a short training, predictions in the right place and order, scored; finished work is not done again."""
+    """Integrity check, plans, a short training, predictions in the right place and order, scored."""
     monkeypatch.setenv('PATH', f'{HERE}:{os.environ["PATH"]}')
     try:
         import timm
@@ -43,15 +43,12 @@ def test_nnunet_end_to_end(tmp_path, monkeypatch):
         (tmp_path / 'sitecustomize.py').write_text(TIMM)
         monkeypatch.setenv('PYTHONPATH', str(tmp_path))
     data, g, at = tmp_path / 'data', np.random.default_rng(0), np.mgrid[:32, :32] - 15.5
-    for i in range(24):                                                     # bright discs, which a hundred steps can learn to find
+    for i in range(24):                                                     # bright discs, which few steps can learn to find
         seg = np.stack([np.hypot(*(at - g.uniform(-6, 6, (2, 1, 1)))) < g.uniform(3, 5) for _ in range(3)])
         image = (np.hypot(*at) < 14) * (0.4 + 0.05 * g.standard_normal((3, 32, 32))) + 0.5 * seg
         common.write_patient(data / f'phantom_0_{i:03d}', {'bravo': np.float32(image)}, seg, (3.0, 2.0, 2.0))
-
-    def study():
-        evaluate.main(evaluate.get_args(['downstream', '--engine', 'nnunetv2', '--data', str(data), '--size', '32', '--arms', 'real', '--seeds', '1', '--iters', '100',
-                                         '--width', '8', '--batch-size', '4', '--device', 'cpu', '--cache', str(tmp_path / 'cache'), '--out', str(tmp_path / 'out'), '--repeats', '20']))
-    study()
+    evaluate.main(evaluate.get_args(['downstream', '--engine', 'nnunetv2', '--data', str(data), '--size', '32', '--arms', 'real', '--seeds', '1', '--iters', '60',
+                                     '--width', '8', '--batch-size', '4', '--device', 'cpu', '--cache', str(tmp_path / 'cache'), '--out', str(tmp_path / 'out'), '--repeats', '20']))
     root = tmp_path / 'out/nnunet/real'
     slices = common.load_slices([data], 32, cache=tmp_path / 'cache')
     truth, found = slices.masks[slices.rows('test'), 0] > 0, np.load(tmp_path / 'out/results/real_0.npz')['found']
@@ -68,7 +65,3 @@ def test_nnunet_end_to_end(tmp_path, monkeypatch):
     split = json.loads((root / 'preprocessed/Dataset001_study/splits_final.json').read_text())
     log = next(fold.glob('training_log_*.txt')).read_text()
     assert f'{len(split[0]["train"])} training and {len(split[0]["val"])} validation cases' in log
-    (tmp_path / 'out/results/real_0.npz').unlink()
-    before = (fold / 'checkpoint_final.pth').stat().st_mtime_ns
-    study()
-    assert (fold / 'checkpoint_final.pth').stat().st_mtime_ns == before and (np.load(tmp_path / 'out/results/real_0.npz')['found'] == found).all()
