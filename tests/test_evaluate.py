@@ -227,16 +227,28 @@ def test_control_of_one_that_does_not(asked):
     assert m['count error, mean absolute']['fake'] == pytest.approx(np.mean([1, 0, 1, 2, 0, 1])) and m['tumour or none right']['fake'] == pytest.approx(5 / 6)
 
 
-def test_cycle(trained, call, phantom, cache, tmp_path, capsys):
+def test_cycle(trained, call, phantom, cache, tmp_path, monkeypatch, capsys):
     """End to end on a tiny run, beside the ceiling of real test patients; the judge patients are those of the split."""
     names = sorted(f.name for f in phantom.iterdir())
     write_csv(tmp_path / 'split.csv', ['patient', 'part'], [(n, ('train', 'judge', 'test', 'train')[i % 4]) for i, n in enumerate(names)])
     fake = call('sample', tmp_path / 'set', '--bravo', trained / 'bravo', '--data', phantom, '--split', tmp_path / 'split.csv', '--n', 12, '--steps', 2)
     run = lambda *flags: evaluate.main(evaluate.get_args(['cycle', '--fake', str(fake), '--data', str(phantom), '--out', str(tmp_path / 'out'), '--cache', str(cache),
                                                           '--repeats', '20', '--device', 'cpu', *flags]))
-    run('--split', str(tmp_path / 'split.csv'), '--train-steps', '500')
+    known, load = {}, evaluate.load_slices
+
+    def slices(*a, **kw):
+        data = load(*a, **kw)
+        known.update({x.tobytes(): m[0] > 0 for x, m in zip(data.images, data.masks)})
+        return data
+    asked = []
+    monkeypatch.setattr(evaluate, 'load_slices', slices)                 # a segmenter that knows every mask; test_segmenter has one that learns
+    monkeypatch.setattr(evaluate, 'train_segmenter', lambda images, masks, steps, *a, **kw: (
+        asked.append((len(images), steps)), lambda x: np.stack([known[v.tobytes()] for v in np.asarray(x)]))[1])
+    run('--split', str(tmp_path / 'split.csv'), '--train-steps', '7')
     told = json.loads((tmp_path / 'out/metrics.json').read_text())
-    assert told['judge_slices'] >= 8 and told['metrics']['Dice, own masks']['floor'] > told['metrics']['Dice, shuffled masks']['floor']
+    assert asked == [(told['judge_slices'], 7)] and told['judge_slices'] >= 8
+    own, shuffled = told['metrics']['Dice, own masks'], told['metrics']['Dice, shuffled masks']
+    assert own['fake'] == own['floor'] == 1 and shuffled['floor'] < 0.9 and shuffled['fake'] < 0.9
     assert len([m for m in told['metrics'] if m.startswith('lesions found')]) == 3 and (tmp_path / 'out/cycle.png').exists()
     with pytest.raises(SystemExit) as e:
         run()                                                                                 # one judge patient of three slices
