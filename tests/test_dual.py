@@ -160,7 +160,7 @@ def test_sets_whose_answer_is_known(phantom, cache, tmp_path, capsys, name, chan
 @pytest.mark.parametrize('flags, words', [('--dual t1_pre', "'t1_pre' two different t1_pre,t1_gd"), ('--dual bravo,bravo', 'two different'), ('--dual bravo,seg', 'two different'),
                                           ('--dual a,../b', 'two different'), ('--dual t1_pre,bravo --perceptual 0.1', '--dual --perceptual away'),
                                           ('--dual t1_pre,bravo --vae 4', '--dual --vae away'), ('--dual t1_pre,t1_gd', '--data t1_pre, t1_gd'),
-                                          ('--init {pair}', '--init does not fit conv_in.weight')])
+                                          ('--init {pair}', '--init was trained with dual make them agree')])
 def test_training_refuses(call, runs, tmp_path, capsys, flags, words):
     refused(capsys, words.split(), lambda: call('bravo', tmp_path / 'out', '--rflow', '--p-uncond', 0.1, *flags.format(pair=runs[0]).split()))
 
