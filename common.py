@@ -723,12 +723,15 @@ def load_slices(roots, size, modalities=('bravo',), box=None, split=None, cache=
     return data
 
 
-def augment(images, masks, u):
+def augment(images, masks, u, how='affine'):
     """Left-right flip (p=1/2), rotation +-10 degrees, scale +-10 %, shift +-5 %: the same for an image and its mask.
 
     images (B,C,H,W) in [-1,1], bilinear, background outside; masks (B,1,H,W), nearest. u (B,5): uniform draws in [0,1). All slices
-    of a volume (B,C,D,H,W) move alike, none along z.
+    of a volume (B,C,D,H,W) move alike, none along z. how='flip': the flip alone, which interpolates nothing and so blurs nothing.
     """
+    if how == 'flip':
+        mirrored = lambda v: torch.where((u[:, 2] < 0.5).to(v.device).view(-1, *[1] * (v.ndim - 1)), v.flip(-1), v)
+        return mirrored(images), mirrored(masks)
     shapes, images, masks = (images.shape, masks.shape), images.flatten(1, -3), masks.flatten(1, -3)
     n, u = len(images), 2 * u - 1
     angle, scale, flip = u[:, 0] * math.pi / 18, 1 + 0.1 * u[:, 1], torch.where(u[:, 2] < 0, -1.0, 1.0)
@@ -2676,7 +2679,8 @@ def train_parser(doc, out):
     g.add_argument('--labels', type=numbers(int, 1), help='mask labels that count as tumour; none: all above 0')
     g.add_argument('--empty-slices', type=number(float, 0, 1), default=0.2, help='share of slices without tumour')
     g.add_argument('--speck', type=number(float, 0), default=4.0, help='smaller pieces of a mask are dropped, mm2; with --volume that ** 1.5 mm3')
-    g.add_argument('--augment', action='store_true', help='left-right flip, small rotation, scale and shift')
+    g.add_argument('--augment', nargs='?', const='affine', default=False, choices=('affine', 'flip'),
+                   help='left-right flip, small rotation, scale and shift; flip: the flip alone, which blurs nothing')
     g.add_argument('--cache', default='runs/cache', metavar='DIR', help='where decoded slices are kept')
     g = p.add_argument_group('network')
     g.add_argument('--preset', choices=('auto', *PRESETS), default='auto', help='auto: full with CUDA, small without')

@@ -386,7 +386,7 @@ def train_vae(args, state, data, rows, val, device):
         u = torch.rand(B, 5, generator=generator(args.seed, 'step', step))[mine]
         noise = torch.randn(B, *shape, generator=generator(args.seed, 'noise', step, device=device), device=device)[mine]
         x = torch.tensor(data.images[picked])
-        x = augment(x, torch.zeros_like(x), u)[0] if args.augment else x
+        x = augment(x, torch.zeros_like(x), u, args.augment)[0] if args.augment else x
         x = (crop_volumes(x, x, args.crop, torch.rand(B, 4, generator=generator(args.seed, 'crop', step))[mine])[0] if args.crop else x).to(device)
         for k, s in enumerate(stages):
             s.requires_grad_(stage in (None, k))
@@ -693,7 +693,7 @@ def main(args):
             x_0, mask, extra = (v if v is None else v.to(device, non_blocking=True) for v in (pair_batch if pairs else batch)(picked[mine], size))
             shown = near(picked[mine], size)
             if args.augment:
-                x_0, mask = augment(x_0 if shown is None else torch.cat([x_0, shown.to(device)], 1), mask, u[mine])
+                x_0, mask = augment(x_0 if shown is None else torch.cat([x_0, shown.to(device)], 1), mask, u[mine], args.augment)
             if shown is not None:
                 none = (shown == 0).all((2, 3), keepdim=True)                # augment fills the outside with background
                 shown = torch.where(none, 0.0, x_0[:, 1:].cpu()) if args.augment else shown

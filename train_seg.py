@@ -162,7 +162,7 @@ def main(args):
             x_0, extra = (v if v is None else v.to(device, non_blocking=True) for v in batch(picked[mine], size))
             A = torch.tensor(plausible[size][picked[mine]]).to(device) / 255 if args.anatomy else None
             if args.augment:
-                moved, x_0 = augment(x_0 if A is None else 2 * A - 1, x_0 + 1, u[mine])      # nearest, background outside
+                moved, x_0 = augment(x_0 if A is None else 2 * A - 1, x_0 + 1, u[mine], args.augment)      # nearest, background outside
                 x_0, A = x_0 - 1, None if A is None else (moved + 1) / 2
             if args.crop:                                                    # anywhere: more lesions than there are would be learned
                 x_0, _, extra = crop_volumes(x_0, x_0, args.crop, torch.rand(B, 4, generator=generator(args.seed, 'crop', step))[mine])

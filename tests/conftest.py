@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 
 os.environ['TQDM_DISABLE'] = '1'
+if 'PYTEST_XDIST_WORKER' in os.environ:                  # pytest -n 2: a process a core, or their threads wait for each other
+    os.environ['OMP_NUM_THREADS'] = '1'
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pytest

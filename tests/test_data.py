@@ -191,6 +191,9 @@ def test_augment():
     assert torch.allclose(augment(image[:1], mask[:1], still)[0], image[:1], atol=1e-5)
     mirror = torch.tensor([[0.5, 0.5, 0.0, 0.5, 0.5]])
     assert torch.equal(augment(image[:1], mask[:1], mirror)[1], mask[:1].flip(-1))
+    flipped, flipped_mask = augment(image, mask, u, 'flip')
+    for i in range(n):
+        assert all(torch.equal(a[i], b[i].flip(-1) if u[i, 2] < 0.5 else b[i]) for a, b in ((flipped, image), (flipped_mask, mask)))
 
 
 def test_phantom(tmp_path):

@@ -157,7 +157,7 @@ def test_training_refuses(call, trained, files, tmp_path, capsys, script, flags,
 
 
 OTHER = [('--lr 0.002', '--lr 0.002 0.001 another --out'), ('--iters 8', '--iters 8 4'), ('--seed 5', '--seed 5 0'),
-         ('--augment', '--augment True False'), ('--size 32', '--size 32 16')]
+         ('--augment', '--augment affine False'), ('--size 32', '--size 32 16')]
 
 
 @pytest.mark.parametrize('flags, words', OTHER, ids=[f for f, _ in OTHER])

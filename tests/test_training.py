@@ -202,7 +202,7 @@ def test_flag_off_is_free_on_is_not(run, vgg):
     weights = lambda out: torch.cat([v.flatten() for v in common.load_checkpoint(out)['net'].values()])
     base = weights(run('bravo', 'base', '--rflow'))
     assert torch.equal(base, weights(run('bravo', 'again', '--rflow')))
-    on = {'min-snr': ['--min-snr', '5'], 'logit': ['--logit-normal'], 'grid': ['--steps', '100'], 'augment': ['--augment'],
+    on = {'min-snr': ['--min-snr', '5'], 'logit': ['--logit-normal'], 'grid': ['--steps', '100'], 'augment': ['--augment'], 'flip': ['--augment', 'flip'],
           'perceptual': ['--perceptual', '0.1', '--perceptual-weights', str(vgg[0]), '--lpips-weights', str(vgg[1])], 'seed': ['--seed', '1'],
           'decay': ['--weight-decay', '0.5'], 'warmup': ['--warmup', '3'], 'clip': ['--clip', '0.01'], 'lr': ['--lr', '0.002']}
     for name, flags in on.items():
