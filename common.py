@@ -188,6 +188,15 @@ def atomic_write(path, data):
         raise
 
 
+def make_folder(path, flag):
+    """The folder `path`, made where it is missing. Fails naming the flag that asked for it."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        fail(f'{flag} {path}: cannot be made a folder ({e.strerror}); give another')
+    return Path(path)
+
+
 def write_csv(path, header, rows):
     out = io.StringIO()
     csv.writer(out, lineterminator='\n').writerows([header, *rows])
@@ -246,7 +255,7 @@ ENDINGS = {'bravo': ('t1ce', 't1c'), 't1_gd': ('t1ce', 't1c'), 't1_pre': ('t1', 
            't2': ('t2', 't2w'), 'seg': ('seg',)}
 PARTS = {'train': 0.60, 'val': 0.10, 'judge': 0.15, 'test': 0.15}
 MIN_HEAD = 0.10     # a slice is used when the head covers this share of the brain box
-FORMAT = 1          # of the cache; raise it when anything below changes what is decoded
+FORMAT = 2          # of the cache; raise it when anything below changes what is decoded
 VENTRICLES = (4, 5, 14, 15, 24, 31, 43, 44, 63, 72)       # FreeSurfer's labels of fluid and plexus: no tumour starts there
 
 
@@ -263,7 +272,7 @@ def find_file(folder, modality):
 
 
 def find_patients(roots, modalities):
-    """Lists patients: dicts with name, folder, files {modality: path}, synthetic, source (of a synthetic one).
+    """Lists patients: dicts with name, folder, files {modality: path}, synthetic, and source and level (or None) that a manifest holds.
 
     Folders that lack a modality are counted and printed, never silently dropped. Fails when none is left.
     """
@@ -279,10 +288,10 @@ def find_patients(roots, modalities):
         manifest = read_csv(root / 'manifest.csv') if synthetic else []
         if manifest and not {'folder', 'source_patient'} <= manifest[0].keys():
             fail(f'{root}/manifest.csv: columns are {",".join(manifest[0])}; expected folder,source_patient among them')
-        source = {r['folder']: r['source_patient'] for r in manifest}
+        told = {r['folder']: (r['source_patient'], float(r['level']) if r.get('level') else None) for r in manifest}
         missing, found = [], 0
         for folder in sorted(f for f in root.iterdir() if f.is_dir() and not f.name.startswith('.')):
-            if synthetic and folder.name not in source:
+            if synthetic and folder.name not in told:
                 missing.append(f'{folder.name} (not in manifest.csv)')
                 continue
             files = {m: find_file(folder, m) for m in modalities}
@@ -291,8 +300,9 @@ def find_patients(roots, modalities):
                 missing.append(f'{folder.name} ({", ".join(lacking)})')
                 continue
             found += 1
-            patients.append(dict(name=name_of.get(folder.name, folder.name), folder=folder, files=files, root=root,
-                                 synthetic=synthetic, source=source.get(folder.name, '')))
+            source, level = told.get(folder.name, ('', None))
+            patients.append(dict(name=name_of.get(folder.name, folder.name), folder=folder, files=files, root=root, synthetic=synthetic,
+                                 source=source, level=level))
         if missing:
             print0(f'{root}: left out {len(missing)} folders that lack a file: {"; ".join(missing[:3])}'
                    + (' ...' if len(missing) > 3 else ''))
@@ -608,8 +618,8 @@ def decode_patient(patient, size, box, speck, labels=None, depth=None):
         images, mask = (v[..., use[0]:use[-1] + 1, :, :] for v in (images, mask))
         masks, counts = shrink_mask(mask, (depth, size, size), math.prod(spacing), speck ** 1.5)
         notes.update(zip(('lesions kept', 'kept as one voxel', f'specks below {speck ** 1.5:g} mm3 dropped'), counts.tolist()))
-        table = [dict(folder=patient['folder'].name, patient=patient['name'], source=patient['source'], z=int(use[0]), level=0.5, level_known=False,
-                      tumour=int(masks.sum()), spacing=[len(mask) * spacing[0] / depth, *pixel], root=str(patient['root']))]
+        table = [dict(folder=patient['folder'].name, patient=patient['name'], source=patient['source'], synthetic=patient['synthetic'], z=int(use[0]),
+                      level=0.5, level_known=False, tumour=int(masks.sum()), spacing=[len(mask) * spacing[0] / depth, *pixel])]
         return np.ascontiguousarray(resample(images, size, depth)[None], np.float32), masks[None, None], table, notes
     notes['slices with too little head left out'] = len(mask) - len(use)
     images = resample(images, size)
@@ -618,10 +628,10 @@ def decode_patient(patient, size, box, speck, labels=None, depth=None):
         masks[i, 0], c = shrink_mask(mask[z], size, spacing[1] * spacing[2], speck)
         counts += c
     notes.update(zip(('lesions kept', 'kept as one pixel', f'specks below {speck:g} mm2 dropped'), counts.tolist()))
-    span = max(use[-1] - use[0], 1) if len(use) else 1
-    table = [dict(folder=patient['folder'].name, patient=patient['name'], source=patient['source'], z=int(z),
-                  level=(float(z - use[0]) / span if len(use) > 1 else 0.5), level_known=len(use) > 1,
-                  tumour=int(masks[i].sum()), spacing=pixel, root=str(patient['root'])) for i, z in enumerate(use)]
+    levels = (use - use[0]) / (use[-1] - use[0]) if len(use) > 1 else [0.5 if patient['level'] is None else patient['level']]
+    table = [dict(folder=patient['folder'].name, patient=patient['name'], source=patient['source'], synthetic=patient['synthetic'], z=int(z),
+                  level=float(level), level_known=len(use) > 1 or patient['level'] is not None, tumour=int(mask.sum()), spacing=pixel)
+             for z, level, mask in zip(use, levels, masks)]
     return np.ascontiguousarray(images[:, use].transpose(1, 0, 2, 3), np.float32), masks, table, notes
 
 
@@ -669,14 +679,14 @@ def load_slices(roots, size, modalities=('bravo',), box=None, split=None, cache=
     The cache's key holds all that changes a decoded slice. It is written aside and renamed, so that several processes
     may start at once: the first to finish wins, the others throw theirs away.
     """
+    labels = tuple(labels) if labels else None                            # a checkpoint holds a list
     patients = split_patients(find_patients(roots, (*modalities, 'seg', *['parc'] * parc)), split, training)
     stamp = [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for p in patients for f in p['files'].values()]
     for p in patients if parc else ():
         p['parc'] = p['files'].pop('parc')                                # it is no image
-    identity = [[p['name'], p['source'], p['synthetic']] for p in patients]
+    identity = [[p['name'], p['source'], p['synthetic'], p['level']] for p in patients]
     key = lambda *more: hashlib.sha256(repr((FORMAT, stamp, identity, modalities, labels, *more)).encode()).hexdigest()[:20]
-    cache = Path(cache)
-    cache.mkdir(parents=True, exist_ok=True)
+    cache = make_folder(cache, '--cache')
     real = [p for p in patients if not p['synthetic']]
     if box is None and not real:
         box = (0.0, 0.0, 1.0, 1.0)
@@ -694,12 +704,12 @@ def load_slices(roots, size, modalities=('bravo',), box=None, split=None, cache=
         try:
             table, totals = [], {}
             with open(tmp / 'images.f32', 'wb') as f, open(tmp / 'masks.u8', 'wb') as g, open(tmp / 'parc.u16', 'wb') if parc else io.BytesIO() as h:
-                for p in progress(patients, 'decoding', leave=False):
+                for i, p in enumerate(progress(patients, 'decoding', leave=False)):
                     images, masks, rows, notes = decode_patient(p, size, box, speck, labels, depth)
                     images.tofile(f)
                     masks.tofile(g)
                     h.write(decode_parc(p, size, box, [r['z'] for r in rows]).tobytes() if parc else b'')
-                    table += rows
+                    table += [dict(r, of=i) for r in rows]
                     totals = {k: totals.get(k, 0) + notes.get(k, 0) for k in {**totals, **notes}}
             if not table:
                 fail(f'--data {" ".join(map(str, roots))}: no slice has a head that covers {MIN_HEAD:.0%} of the brain box')
@@ -712,8 +722,9 @@ def load_slices(roots, size, modalities=('bravo',), box=None, split=None, cache=
         finally:
             shutil.rmtree(tmp, ignore_errors=True)
     data = Slices(directory, box)
-    part = {(str(p['root']), p['folder'].name): p['part'] for p in patients}
-    data.part = [part[r['root'], r['folder']] for r in data.table]
+    data.part = [patients[r['of']]['part'] for r in data.table]
+    for r in data.table:                                                  # the cache knows no names of folders: they may be typed in many ways
+        r['root'] = str(patients[r['of']]['root'])
     names = {part: len({p['name'] for p in real if p['part'] == part}) for part in PARTS}
     kind = f'volumes of {depth}x' if depth else 'slices of '
     print0(f'data: {len(real)} real and {len(patients) - len(real)} synthetic folders, {len(data.table)} {kind}{size}x{size}; '
@@ -1867,8 +1878,8 @@ def fit_pruned(net, weights):
 
 def prunable(net):
     """The linears and convolutions whose single weights may go: all but what reads the input and what writes the output."""
-    ends = {'conv_in', 'embed', 'embed_mask', 'embed_context', 'out', 'out.2'}
-    return [m for n, m in net.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d, nn.Conv3d)) and n not in ends]
+    ends = {'conv_in', 'embed', 'embed_mask', 'embed_context', 'extra_embed', 'out', 'out.2'}
+    return [m for n, m in net.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d, nn.Conv3d)) and not {n, n.split('.')[0]} & ends]
 
 
 def prune(net, process, args, x_0, mask=None, context=None, extra=None):
@@ -1891,7 +1902,7 @@ def prune(net, process, args, x_0, mask=None, context=None, extra=None):
         total, dropped = sum(p.numel() for p in net.parameters()), 0
         if args.prune_how == 'weights':
             layers = prunable(net)
-            cut = torch.cat([score(m.weight).flatten() for m in layers]).kthvalue(round(args.prune * sum(m.weight.numel() for m in layers))).values
+            cut = torch.cat([score(m.weight).flatten() for m in layers]).kthvalue(max(1, round(args.prune * sum(m.weight.numel() for m in layers)))).values
             for m in layers:
                 m.weight *= score(m.weight) > cut
                 dropped += int((m.weight == 0).sum())
@@ -2795,6 +2806,8 @@ def finish_args(args):
         fail(f'--target {args.target}: RFlow predicts v = eps - x_0; leave the flag away')
     if args.rflow:
         args.target = 'v'
+    if args.rflow and args.schedule == 'linear':
+        fail('--schedule linear: is of DDPM; RFlow has alpha = 1 - t, leave the flag away')
     if args.logit_normal and not args.rflow:
         fail('--logit-normal: only with --rflow')
     if args.schedule in WIDTHS:
@@ -3053,7 +3066,10 @@ def lr_find(train_step, net, opt, out, low=1e-6, high=1.0, steps=100):
     with rehearsal(net, opt):
         for i in progress(range(steps), 'lr-find', leave=False):
             lr = low * (high / low) ** (i / (steps - 1))
-            loss = float(train_step(0, lr)[0])
+            loss = train_step(0, lr)[0]
+            if world() > 1:                                               # each process saw its part; all must stop at the same step
+                dist.all_reduce(loss)
+            loss = float(loss) / world()
             mean = 0.8 * mean + 0.2 * loss
             smooth = mean / (1 - 0.8 ** (i + 1))                      # without bias towards 0
             if not math.isfinite(loss) or (losses and smooth > 4 * min(losses)):
@@ -3206,7 +3222,7 @@ def open_run(args, flags='args'):
         os.replace(out / 'ckpt.pt', out / 'ckpt.damaged.pt')    # the next save must not push it over the good ckpt.prev.pt
     if state is None:
         if rank() == 0:
-            out.mkdir(parents=True, exist_ok=True)
+            make_folder(out, '--out')
         barrier()
         return None
     if not isinstance(state, dict) or flags not in state or 'opt' not in state:
@@ -3217,6 +3233,8 @@ def open_run(args, flags='args'):
     old = {**{k: v for k, v in YOUNGER.items() if k in new}, **state[flags]}
     if new.get('minutes') is not None:                          # its number of steps was frozen when it started
         new['iters'] = old['iters']
+    if new.get('init') and new.get('init_range') is None:        # what the run that it started from said
+        new['init_range'] = args.init_range = old.get('init_range')
     if old['script'] != args.script:
         fail(f'--out {out}: holds a run of {script_name(old["script"])}; choose another --out')
     if (old.get('dtype') == 'pure-bf16') != (args.dtype == 'pure-bf16'):
@@ -3261,6 +3279,9 @@ def load_init(net, args):
         fail(f'--init {args.init}: holds a {type(state).__name__}; expected a run of ours or a MONAI state dict')
     if 'args' in state and 'ema' in state:
         weights, theirs = state['ema'], {**YOUNGER, **state['args']}
+        for name in ('init_target', 'init_range'):
+            if getattr(args, name) is not None:
+                fail(f'--{name.replace("_", "-")}: is for a MONAI state dict; {args.init} is a run of ours and says it itself, leave the flag away')
         if args.sparse24 and theirs.get('prune_how') == 'channels':
             fail(f'--init {args.init}: lacks pruned channels, and --sparse24 would prune it again; leave one of them away')
         for name in ('model', 'rflow', 'target', 'heads', 'head_channels', 'norm_groups'):

@@ -206,7 +206,8 @@ def best_steps(cost, n):
 
 def learn_steps(run, args, draw_with, out):
     """Walks the finest grid with 64 images, finds the best N of its times, writes steps.json and a plot."""
-    ts = run.process.times(min(run.args.steps or 100, 100))
+    n = min(run.args.steps or 100, 100)
+    ts = solver(run, args, n)[1]
     if args.learn_steps > len(ts) - 1:
         fail(f'--learn-steps {args.learn_steps}: the walk has {len(ts) - 1} steps to choose from')
     states, x_0s = [], []
@@ -214,7 +215,7 @@ def learn_steps(run, args, draw_with, out):
     def callback(i, t, x_t, x_0):
         states.append(x_t), x_0s.append(x_0)
 
-    end = draw_with(callback, len(ts) - 1)
+    end = draw_with(callback, n)
     cost = jump_costs([*states, end], x_0s, ts, run.process)
     path, total = best_steps(cost, args.learn_steps)
     plain_path = [round(i * (len(ts) - 1) / args.learn_steps) for i in range(args.learn_steps + 1)]
@@ -255,7 +256,8 @@ def write_pairs(args, run, conditions, out):
             raise SystemExit(128 + stop.signum)
     stop.restore()
     barrier()
-    print0(f'{out}: {args.n} pairs; train on them with: python train_bravo.py --rflow --reflow {out} --init {args.bravo}')
+    print0(f'{out}: {args.n} pairs; train on them with: python train_bravo.py --rflow --reflow {out} --init {args.bravo}'
+           + f' --data {" ".join(map(str, run.args.data))}' * bool(run.args.data))
 
 
 def read_steps(args, run):
@@ -364,16 +366,17 @@ class Masks:
     of each volume, from the lowest up, whose spacing is then (z, y, x).
     """
 
-    def __init__(self, args, size, box, names, depth=None):
-        self.args, items, grid = args, [], (depth, size, size) if depth else (size, size)
+    def __init__(self, args, run, names, levels):
+        size, depth = run.args.size, run.args.volume
+        self.args, self.levels, items, grid = args, levels, [], (depth, size, size) if depth else (size, size)
         if args.data:
-            data = load_slices(args.data, size, names, box, args.split, args.cache, depth=depth)
+            data = load_slices(args.data, size, names, run.box, args.split, args.cache, run.args.labels, run.args.speck, depth=depth)
             rows = data.rows(args.part, None if args.stack else args.empty_slices, args.seed)
             if not args.stack:
                 rows = rows[torch.randperm(len(rows), generator=generator(args.seed, 'order')).numpy()]
             folders = {(data.table[r]['root'], data.table[r]['folder']) for r in rows} if args.stack else ()
             dz = {f: read_nifti(find_file(Path(*f), 'seg'))[1][:1] for f in folders}
-            items = [(data.masks[r, 0], data.table[r]['level'], data.table[r]['source'] or data.table[r]['patient'],
+            items = [(data.masks[r, 0], data.table[r]['level'], data.table[r]['source' if data.table[r]['synthetic'] else 'patient'],
                       f'{data.table[r]["folder"]}:{data.table[r]["z"]}', [*dz.get((data.table[r]['root'], data.table[r]['folder']), ()), *data.table[r]['spacing']])
                      for r in rows]
         elif args.masks:
@@ -382,7 +385,7 @@ class Masks:
                 for z, m in enumerate([volume > 0] if depth else volume > 0):
                     pixel = [n * s / g for n, s, g in zip(m.shape, spacing[-m.ndim:], grid)]
                     m = m.astype(np.uint8) if m.shape == grid else shrink_mask(m, grid if depth else size, 1.0, 0)[0]
-                    items.append((m, None, p['source'] if p['synthetic'] else p['name'], f'{p["folder"].name}:{z}', [*spacing[:1] * bool(args.stack), *pixel]))
+                    items.append((m, p['level'], p['source'] if p['synthetic'] else p['name'], f'{p["folder"].name}:{z}', [*spacing[:1] * bool(args.stack), *pixel]))
         if not items and not args.seg:
             fail(f'{args.masks or args.part + " part of " + " ".join(args.data)}: holds no mask to use')
         self.groups = [items]
@@ -392,7 +395,7 @@ class Masks:
                 fail(f'--stack: {args.masks or args.part + " part of " + " ".join(args.data)} holds single slices only; a stack needs a volume of them')
             args.n = args.n or len(self.groups)
         if args.per_patient:
-            names = sorted({item[2] for item in items})
+            names = sorted({item[2] for item in items} - {''})             # a mask that a model drew is nobody's
             self.groups = [[item for item in items if item[2] == name] for name in names]
             args.n = args.per_patient * len(names)
             out = {r['source'] or r['patient'] for r, part in zip(data.table, data.part) if part == args.part} - {*names}
@@ -404,7 +407,9 @@ class Masks:
         return mask, self.level(i) if level is None or self.args.slice_level is not None else level, *about
 
     def level(self, i):
-        """The level asked for, or one drawn for image i."""
+        """The level asked for, or one drawn for image i; nan where no network is told any."""
+        if not self.levels:
+            return math.nan
         return self.args.slice_level if self.args.slice_level is not None else float(torch.rand((), generator=generator(self.args.seed, 'level', i)))
 
 
@@ -432,7 +437,7 @@ class Judge:
                 print0(f'note: the detector saw the brain box {self.detector.box}, the image model {run.box}; its verdict may not fit')
             self.threshold = args.threshold or (math.inf if args.best_of else self.detector.threshold)
         if args.reject_copies:
-            data = load_slices(args.reject_copies, run.args.size, ('bravo',), run.box, args.split, args.cache)
+            data = load_slices(args.reject_copies, run.args.size, ('bravo',), run.box, args.split, args.cache, run.args.labels, run.args.speck)
             train = data.rows('train')
             others = np.setdiff1d(np.arange(len(data.table)), train)
             if min(len(train), len(others)) < 8:
@@ -492,7 +497,10 @@ class Set:
         head = HEADER + (HARD if args.hard_cases else [])
         self.headers = {'manifest': head + JUDGED, 'rejected': REJECTED} if judge.on else {'manifest': head}
         same = {k: v for k, v in plain(args).items() if k not in ('n', 'batch_size', 'splits', 'device', 'compile', 'out', 'cache', 'max_draws', 'rate')}
-        same.update({k: r.hash for k, r in runs.items()}, pixels=last.args.size, box=list(last.box), per_patient=bool(args.per_patient) or None,
+        seen = [(Path(r.path) if Path(r.path).is_dir() else Path(r.path).parent) / 'split.csv' for r in runs.values()]
+        parts = sorted({(p['patient'], p['part']) for f in seen if f.exists() for p in read_csv(f)}, key=lambda p: p[1] == 'train')      # of any run wins
+        same.update({k: r.hash for k, r in runs.items()}, pixels=last.args.size, box=list(last.box), labels=last.args.labels, speck=last.args.speck,
+                    split=dict(parts), per_patient=bool(args.per_patient) or None,
                     gate=judge.detector and judge.detector.hash, hard=args.hard_cases and hashlib.sha256(Path(args.hard_cases).read_bytes()).hexdigest(), dual=last.args.dual,
                     asked=[[[None if math.isnan(v) else round(float(v), 6) for v in lesion] for lesion in r] for r in requests])
         note = self.out / 'sample.json'
@@ -501,7 +509,7 @@ class Set:
             changed = [f'{k} {same[k]} (was {old.get(k)})' for k in same if old.get(k) != same[k]]
             if changed:
                 fail(f'--out {self.out}: holds a set made otherwise: {", ".join(changed[:3])}; choose another --out')
-        self.out.mkdir(parents=True, exist_ok=True)
+        make_folder(self.out, '--out')
         self.tables = {name: self.read(name) for name in self.headers}
         if rank() == 0:
             known = {r[0] for r in self.tables['manifest'].values()}
@@ -702,6 +710,8 @@ def main(args):
         run.model = torch.compile(run.net) if args.compile else run.net
         solver(run, args, args.steps if kind == 'bravo' else args.seg_steps)
     main_run = runs.get('bravo', runs.get('seg'))
+    if args.slice_level is not None and not any(r.args.slice_level for r in runs.values()):
+        fail(f'--slice-level {args.slice_level:g}: {main_run.path} was trained without --slice-level and would not know it')
     if args.lora_scale is not None and not getattr(main_run.args, 'lora_rank', 0):
         fail(f'--lora-scale {args.lora_scale:g}: {main_run.path} is no run of draft.py')
     if len(runs) == 2 and runs['seg'].args.size != main_run.args.size:
@@ -729,7 +739,7 @@ def main(args):
     if judged < 0 and (args.gate or args.reject_copies):
         fail(f'--gate and --reject-copies judge bravo images; {main_run.path} makes {" and ".join(names)}')
     judge = Judge(args, main_run, device)
-    masks = Masks(args, main_run.args.size, main_run.box, names, main_run.args.volume)
+    masks = Masks(args, main_run, names, any(r.args.slice_level for r in runs.values()))
     name, ts, _ = solver(main_run, args, args.steps if args.bravo else args.seg_steps)
     if args.save_at:
         keep_steps(args.save_at, ts, [], None)                                         # fails now, not after the first batch
@@ -813,7 +823,7 @@ def main(args):
             else:
                 folder = f'syn_{args.seed}_{i:06d}'
                 write_item(out, folder, names, best['images'], m, spacing, best['steps'], more)
-                made.add('manifest', [folder, i, args.seed, condition, source, f'{z:.4f}', int(m.sum()), name, len(ts) - 1,
+                made.add('manifest', [folder, i, args.seed, condition, source, '' if math.isnan(z) else f'{z:.4f}', int(m.sum()), name, len(ts) - 1,
                                       *(runs[k].hash if k in runs else '' for k in ('bravo', 'seg')),
                                       *([f'{p[wish(i)].log().item():.6f}', f'{undo[wish(i)].item():.6f}'] if args.hard_cases else []), *best['row']])
                 kept += 1

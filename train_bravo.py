@@ -443,7 +443,7 @@ def train_vae(args, state, data, rows, val, device):
         done, stage = step + 1, vae_stage(step, args)
         signum = stop.asked(device) if world() == 1 or done % 10 == 0 else 0
         final, show = done == args.iters, done % show_every == 0 or done == args.iters
-        keep = final or signum or done % args.save_every == 0
+        keep = final or signum or done % args.save_every == 0 or args.keep_every and done % args.keep_every == 0
         if done % 20 == 0 or show or keep:
             values = checked(recent, done, args)
             seconds, recent = (time.perf_counter() - clock) / len(values), []
@@ -598,7 +598,7 @@ def main(args):
     state = None if args.dry_run else open_run(args)
     print0(f'{out}: preset {args.preset}, {args.device}, {args.dtype}' + (f', going on from step {state["step"]}' if state else ''))
     roots = args.data or [phantom_root(args.cache)]
-    seen = state or (args.latent and read_autoencoder(args.latent)[1])       # an autoencoder knows heads in its own box
+    seen = state or (load_checkpoint(args.init) if args.reflow else args.latent and read_autoencoder(args.latent)[1])      # pairs and autoencoders have a box
     sizes = args.progressive or (args.size,)                                 # data has the last one: what the run is for
     sets = {s: load_slices(roots, s, args.dual or ('bravo',), seen and seen['box'], args.split, args.cache, args.labels, args.speck, depth=args.volume) for s in sizes}
     data = sets[args.size]
@@ -799,7 +799,7 @@ def main(args):
         done = step + 1
         signum = stop.asked(device) if world() == 1 or done % 10 == 0 else 0
         final, show = done == args.iters, done % sample_every == 0 or done == args.iters
-        keep = final or signum or done % args.save_every == 0
+        keep = final or signum or done % args.save_every == 0 or args.keep_every and done % args.keep_every == 0
         if done % 20 == 0 or show or keep:
             values = checked(recent, done, args)
             curriculum.add(values, done)

@@ -254,7 +254,7 @@ def main(args):
         done = step + 1
         signum = stop.asked(device) if world() == 1 or done % 10 == 0 else 0
         final, show = done == args.iters, done % sample_every == 0 or done == args.iters
-        keep = final or signum or done % args.save_every == 0
+        keep = final or signum or done % args.save_every == 0 or args.keep_every and done % args.keep_every == 0
         if done % 20 == 0 or show or keep:
             values = checked(recent, done, args)
             curriculum.add(values, done)

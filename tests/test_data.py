@@ -228,6 +228,19 @@ def test_slice_level(tmp_path):
     assert decode_patient(q, 16, (0.0, 0.0, 1.0, 1.0), 4.0)[2][0]['level'] == 0.5
 
 
+def test_the_cache_knows_no_names_of_folders(tmp_path, monkeypatch, capsys):
+    """Data reached by another path are the same data, under the name that was given now; a level in a manifest is the slice's."""
+    make_phantom(tmp_path / 'set', 4, 0, 2, 32)
+    monkeypatch.chdir(tmp_path)
+    for root in ('set', tmp_path / 'set', 'set/../set'):
+        data = load_slices([root], 16, cache=tmp_path / 'cache')
+        assert {r['root'] for r in data.table} == {str(root)} and len(list((tmp_path / 'cache').glob('*/index.json'))) == 1
+    for i, level in enumerate(('', '0.7000')):
+        write_patient(tmp_path / f'made/s{i}', {'bravo': data.images[i, 0]}, data.masks[i, 0], (2.0, 2.0))
+    (tmp_path / 'made/manifest.csv').write_text('folder,source_patient,level\ns0,,\ns1,,0.7\n')
+    assert [(r['level'], r['level_known']) for r in load_slices(['made'], 16, cache=tmp_path / 'cache').table] == [(0.5, False), (0.7, True)]
+
+
 def test_run_folder_says_who_saw_what(tmp_path, phantom):
     """split.csv of a run lists every patient with its part, and args.json the flags."""
     import train_seg

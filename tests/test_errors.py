@@ -115,6 +115,8 @@ TRAIN = [  # script, flags, words of the line
     ('bravo', '--init {trained}/bravo --init-range 1,0', '--init-range 1 0 two rising'),
     ('bravo', '--init {trained}/bravo --init-range 0', '--init-range two rising'),
     ('bravo', '--init {trained}/bravo', '--init rflow True False agree'),
+    ('bravo', '--rflow --init {trained}/bravo --init-range 0,1', '--init-range MONAI run of ours'),
+    ('bravo', '--rflow --schedule linear', '--schedule linear DDPM'),
     ('bravo', '--rflow --init {trained}/seg', '--init does not fit conv_in'),
     ('bravo', '--rflow --channels 8,16 --init {trained}/bravo', '--init does not fit --channels'),
     ('bravo', '--rflow --init {files}/plain.pt', '--init --init-target'),
@@ -146,6 +148,8 @@ TRAIN = [  # script, flags, words of the line
     ('seg', '--split {files}/empty.csv', '--split empty.csv patient,part'),
     ('seg', '--split {files}/binary.csv', 'binary.csv'),
     ('seg', '--out {files}/notes.txt', '--out notes.txt is a file'),
+    ('seg', '--out {files}/notes.txt/run', '--out notes.txt/run folder'),
+    ('seg', '--cache {files}/notes.txt', '--cache notes.txt folder'),
 ]
 
 
@@ -247,6 +251,8 @@ SAMPLE = [
     ('--bravo {trained}/bravo --data {phantom} --lora-scale 2', "--lora-scale '2' at most 1"),
     ('--bravo {trained}/bravo --data {phantom} --lora-scale 0 --weights raw', '--weights raw --lora-scale'),
     ('--seg {trained}/seg --lora-scale 0.5', '--lora-scale 0.5 without --bravo'),
+    ('--bravo {trained}/bravo --data {phantom} --slice-level 0.3', '--slice-level 0.3 trained without'),
+    ('--bravo {trained}/bravo --data {phantom} --out {files}/notes.txt/set', '--out notes.txt/set folder'),
 ]
 
 

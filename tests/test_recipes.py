@@ -391,6 +391,8 @@ def test_what_started_at_zero_still_learns(call, trained, tmp_path):
     """Pruned weights stay zero; the mask-present channel, new and zero, does not."""
     run = call('bravo', tmp_path / 'run', '--rflow', '--init', trained / 'bravo', '--prune', 0.3, '--prune-how', 'weights', '--p-uncond', 0.3)
     assert load_run(run).net.conv_in.weight[:, 2].abs().max() > 0
+    run = call('bravo', tmp_path / 'level', '--rflow', '--init', trained / 'bravo', '--prune', 1e-6, '--prune-how', 'weights', '--slice-level', '--iters', 6)
+    assert all(p.abs().max() > 0 for n, p in load_run(run).net.named_parameters() if n.startswith('extra_embed'))
 
 
 def test_checkpointing_changes_no_bit(call, tmp_path):

@@ -83,6 +83,14 @@ def test_reflow(pairs, call, trained, tmp_path, capsys, flags):
     assert error(common.load_run(out)) < 0.7 * error(start)
 
 
+def test_pairs_keep_their_box(pairs, call, trained, phantom, tmp_path):
+    """The straightened run has the brain box that its pairs were drawn in, whatever --data says."""
+    state = common.load_checkpoint(trained / 'bravo')
+    torch.save(state | dict(box=[0.1, 0.1, 0.9, 0.9]), tmp_path / 'start.pt')
+    out = call('bravo', tmp_path / 'out', '--rflow', '--reflow', pairs, '--init', tmp_path / 'start.pt', '--iters', 1)
+    assert common.load_run(out).box == (0.1, 0.1, 0.9, 0.9) != tuple(state['box'])
+
+
 def test_patients_held_back_stay_out(pairs, call, trained, phantom, tmp_path, capsys):
     bad = call('sample', tmp_path / 'bad', '--bravo', trained / 'bravo', '--data', phantom, '--part', 'test', '--pairs', '--n', 3, '--steps', 2)
     for flags, words in ((['--reflow', bad, '--init', trained / 'bravo', '--rflow'], 'test part'), (['--reflow', pairs, '--rflow'], '--init'),

@@ -108,6 +108,15 @@ def test_a_complete_run_stays_as_it_is(call, tmp_path, capsys):
     assert before == ((out / 'ckpt.pt').read_bytes(), (out / 'log.csv').read_bytes())
 
 
+def test_a_run_from_a_run_with_another_range_goes_on(call, trained, tmp_path, capsys):
+    """The range comes from the file given to --init; the same command again finds itself."""
+    torch.save(common.load_checkpoint(trained / 'bravo') | dict(args=common.load_checkpoint(trained / 'bravo')['args'] | dict(init_range=[0.0, 1.0])), tmp_path / 'start.pt')
+    for said in ('4 steps done', 'complete at step 4'):
+        out = call('bravo', tmp_path / 'out', '--rflow', '--init', tmp_path / 'start.pt')
+        assert said in capsys.readouterr().out
+    assert common.load_run(out).args.init_range == [0.0, 1.0]
+
+
 @pytest.mark.parametrize('kind', ['seg', 'bravo'])
 def test_lr_find_is_undone(call, tmp_path, monkeypatch, kind):
     """--lr-find leaves no trace in the run: same bits as without."""

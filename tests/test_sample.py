@@ -56,6 +56,30 @@ def test_masks_of_patients(make, runs, phantom):
     assert {p['source'] for p in find_patients([out], ('bravo', 'seg'))} == {r['source_patient'] for r in rows}
 
 
+def test_masks_of_masks(make, runs, phantom):
+    """Images on the masks of a set: nobody's masks stay nobody's, levels stay, and the result may train; with no network told a level, none is noted."""
+    first, before = make('x', '--seg', runs / 'seg', '--bravo', runs / 'bravo', '--steps', 2, '--seg-steps', 2)
+    for name, source in (('y', '--data'), ('z', '--masks')):
+        out, rows = make(name, source, first, '--bravo', runs / 'bravo', '--steps', 2)
+        assert {r['source_patient'] for r in rows} == {''} and {r['level'] for r in rows} == {r['level'] for r in before}
+        assert common.load_slices([out], 16, cache=out.parent / 'c').part == ['train'] * 3
+    assert {r['level'] for r in make('w', '--masks', phantom, '--bravo', runs / 'ddpm', '--steps', 2)[1]} == {''}
+
+
+def test_labels_of_the_run(make, runs, phantom, tmp_path):
+    """What was tumour in training is tumour in sampling: --labels and --speck of the run."""
+    for f in phantom.iterdir():
+        image, seg = (read_nifti(f / f'{n}.nii.gz')[0] for n in ('bravo', 'seg'))
+        common.write_patient(tmp_path / 'two' / f.name, {'bravo': image}, seg * (1 + (np.arange(32) < 16)), (8.0, 6.4, 6.4))
+    flags = ['--preset', 'tiny', '--rflow', '--iters', 1, '--data', tmp_path / 'two', '--labels', 2, '--speck', 0, '--cache', runs / 'cache', '--out', tmp_path / 'left']
+    train_bravo.main(train_bravo.get_args([*map(str, flags)]))
+    out, rows = make('l', '--n', 12, '--data', tmp_path / 'two', '--empty-slices', 0, '--bravo', tmp_path / 'left', '--steps', 1)
+    made = common.load_slices([out], 16, cache=out.parent / 'c')
+    assert made.masks[..., 9:].sum() == 0 < made.masks.sum()
+    note = json.loads((out / 'sample.json').read_text())
+    assert note['labels'] == [2] and note['speck'] == 0 and note['split'] == {f.name: part_of(f.name) for f in phantom.iterdir()}
+
+
 def test_masks_of_a_folder(make, runs):
     """Masks made first, images later: the same masks; a fixed slice level is used and stored."""
     first, _ = make('m', '--seg', runs / 'seg', '--seg-steps', 3)
@@ -134,6 +158,9 @@ def test_learn_steps(make, runs, phantom, tmp_path, capsys):
     told = json.loads((tmp_path / 'learned/steps.json').read_text())
     assert sorted(f.name for f in (tmp_path / 'learned').iterdir()) == ['steps.json', 'steps.png']
     assert len(told['times']) == 5 and told['cost'] <= told['cost_of_equal_steps'] and told['run'] == common.load_run(runs / 'twenty').hash
+    sample.main(sample.get_args([*map(str, source), '--bravo', str(runs / 'bravo'), '--out', str(tmp_path / 'shifted'), '--learn-steps', '4', '--shift', '0.5']))
+    shifted = json.loads((tmp_path / 'shifted/steps.json').read_text())['grid']              # costs are of the times that were walked
+    assert shifted == common.RFlow().times(100, shift=0.5).tolist() != common.RFlow().times(100).tolist()
     _, rows = make('used', *source[:4], '--steps-file', tmp_path / 'learned/steps.json', '--sampler', 'dpm++')
     assert {r['steps'] for r in rows} == {'4'} and {r['sampler'] for r in rows} == {'dpm++'}
     for bad in ('{}', '[', '{"times": [1, 0.2, 0.5, 0]}', '{"times": "x"}'):

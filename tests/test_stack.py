@@ -117,7 +117,8 @@ def test_stacks(stack, phantom):
     for r in rows[:2]:
         assert np.abs(volume_of(out / r['folder'])[0] - volume_of(again / r['folder'])[0]).max() < 1e-4
     assert common.load_slices([out], 16, cache=out.parent / 'c', training=False).table[1]['level'] == 0.5
-    back = sample.Masks(sample.argparse.Namespace(data=None, masks=str(out), seg=None, stack=True, per_patient=None, n=0, slice_level=None), 16, None, ('bravo',))
+    run = sample.argparse.Namespace(args=sample.argparse.Namespace(size=16, volume=None))
+    back = sample.Masks(sample.argparse.Namespace(data=None, masks=str(out), seg=None, stack=True, per_patient=None, n=0, slice_level=None), run, ('bravo',), False)
     assert [len(g) for g in back.groups] == [3] * 5 and back.groups[0][0][4][0] == pytest.approx(8, rel=1e-4)
 
 

@@ -218,7 +218,7 @@ def test_flag_off_is_free_on_is_not(run, vgg):
     ['--target', 'eps', '--labels', '1'], ['--target', 'v', '--schedule', 'cosine'], ['--target', 'x0', '--schedule', 'linear', '--steps', '50'],
     ['--rflow', '--steps', '100', '--slice-level', '--empty-slices', '0.5', '--speck', '0', '--size', '24'],
     ['--rflow', '--layers', '2', '--channels', '8,8,16', '--attention', '0,1,1', '--head-channels', '4', '--batch-size', '2'],
-    ['--rflow', '--keep-every', '2', '--save-every', '1', '--sample-every', '2', '--device', 'cpu', '--dtype', 'bf16'],
+    ['--rflow', '--keep-every', '2', '--save-every', '100', '--sample-every', '2', '--device', 'cpu', '--dtype', 'bf16'],
 ], ids=lambda f: ' '.join(f)[:40])
 def test_every_flag_runs(run, kind, flags):
     """Every way of training ends with a run that loads, a log, pictures and a finite loss."""
@@ -276,3 +276,12 @@ def test_pictures(tmp_path):
     assert Image.open(tmp_path / 'g.png').size == (100 + 3 * 34, 2 * 34)
     common.plot(tmp_path / 'p.png', {'a': ([1, 10, 100], [1e-3, float('nan'), 1]), '.b': ([5], [0.1]), 'none': ([], [])}, 't', 'x', 'y', True, True)
     assert Image.open(tmp_path / 'p.png').size == (640, 400)
+
+
+def test_lr_find_is_of_all_processes(tmp_path, monkeypatch):
+    """A process sees its part of a batch; the curve is of the mean over all, so that all stop at the same step."""
+    net = torch.nn.Linear(1, 1)
+    monkeypatch.setattr(common, 'world', lambda: 2)
+    monkeypatch.setattr(common.dist, 'all_reduce', lambda v, *_: v.add_(3))                     # what the other process adds
+    common.lr_find(lambda step, lr: (torch.tensor(1.0), None), net, torch.optim.AdamW(net.parameters()), tmp_path, steps=5)
+    assert [float(r['loss']) for r in common.read_csv(tmp_path / 'lr_find.csv')] == pytest.approx([2] * 5)
