@@ -211,6 +211,12 @@ def lesions(masks):
     return counts, np.array(pieces, float).reshape(-1, 4)
 
 
+def real_like(args, made, names=('bravo',)):
+    """The patients of --data as slices like those that the run behind a set (its sample.json) was trained on: same size, brain box, labels and specks."""
+    return load_slices(args.data, made['pixels'], names, made['box'], getattr(args, 'split', None), args.cache,
+                       made.get('labels') and tuple(made['labels']), made.get('speck', 4.0))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # quality
 # ---------------------------------------------------------------------------------------------------------------------
@@ -239,7 +245,7 @@ def quality(args):
     if made['weights'] == 'raw':
         print0('note: the images were made with raw weights')
     fake = load_slices([args.fake], made['pixels'], cache=args.cache, training=False)
-    real = load_slices(args.data, made['pixels'], box=made['box'], split=args.split, cache=args.cache)
+    real = real_like(args, made)
     pools = {k: real.rows(k, args.empty_slices, args.seed) for k in ('train', args.part)}
     others = np.concatenate([real.rows(k, args.empty_slices, args.seed) for k in PARTS if k not in ('train', args.part)])
     if not all(len(v) >= 8 for v in pools.values()):
@@ -588,7 +594,7 @@ def cycle(args):
     if not made.get('bravo'):
         fail(f'--fake {args.fake}: holds masks only; make images with sample.py --bravo RUN')
     fake = load_slices([args.fake], made['pixels'], cache=args.cache, training=False)
-    real = load_slices(args.data, made['pixels'], box=made['box'], split=args.split, cache=args.cache)
+    real = real_like(args, made)
     judge, test = real.rows('judge', 0.2, args.seed), real.rows('test', 0.0)
     rows = np.array([i for i, r in enumerate(fake.table) if r['tumour']])
     if min(map(len, (judge, test, rows))) < 8:
@@ -737,10 +743,10 @@ def finish_downstream(args):
     for k, m in made.items():
         if not m.get('bravo'):
             fail(f'--{k} {getattr(args, k)}: holds masks only; make images with sample.py --bravo RUN')
-    boxes = {tuple(m['box']) for m in made.values()}
-    if len(boxes) > 1:
-        fail(f'--gated {args.gated}: its brain box is not that of --fake {args.fake}; make both with the same --bravo run')
-    args.box = boxes.pop() if boxes else None
+    read = {(tuple(m['box']), tuple(m.get('labels') or ()), m.get('speck', 4.0)) for m in made.values()}
+    if len(read) > 1:
+        fail(f'--gated {args.gated}: its brain box, --labels or --speck are not those of --fake {args.fake}; make both with the same --bravo run')
+    args.box, args.labels, args.speck = read.pop() if read else (None, (), 4.0)
     args.size = args.size or next((m['pixels'] for m in made.values()), 64)
     multiple = 4 if args.network == 'nnunet' else 32                        # MedNeXt halves it four times and norms what is left
     if args.size % multiple:
@@ -764,8 +770,8 @@ def finish_downstream(args):
 
 
 @functools.cache
-def study_slices(roots, size, box, split, cache):
-    return load_slices(roots, size, box=box, split=split, cache=cache)
+def study_slices(roots, size, box, split, cache, labels=None, speck=4.0):
+    return load_slices(roots, size, box=box, split=split, cache=cache, labels=labels, speck=speck)
 
 
 def arm_slices(args, arm, part='train'):
@@ -773,7 +779,8 @@ def arm_slices(args, arm, part='train'):
     part: the real slices alone. Slices of all sources are drawn alike, so a set weighs as much as it has slices."""
     images, masks, table = [], [], []
     for source in ARMS[arm] if part == 'train' else ('data',):
-        s = study_slices(tuple(args.data) if source == 'data' else (getattr(args, source),), args.size, args.box, args.split, args.cache)
+        about = (args.size, args.box, args.split, args.cache)
+        s = study_slices(tuple(args.data), *about, args.labels or None, args.speck) if source == 'data' else study_slices((getattr(args, source),), *about)
         rows = s.rows(part)
         images.append(s.images[rows]), masks.append(s.masks[rows])
         table += [s.table[i] for i in rows]
@@ -1183,7 +1190,7 @@ def coherence(args):
     if not made.get('stack'):
         fail(f'--fake {args.fake}: holds single slices; make volumes with sample.py --stack')
     fake = load_slices([args.fake], made['pixels'], cache=args.cache, training=False)
-    real = load_slices(args.data, made['pixels'], box=made['box'], split=args.split, cache=args.cache)
+    real = real_like(args, made)
     stacks = {side: [] for side in ('fake', 'train', args.part)}                                      # (patient, volume, mask, folder)
     for data in (fake, real):
         for (root, folder, part), rows in itertools.groupby(range(len(data.table)), lambda i: (data.table[i]['root'], data.table[i]['folder'], data.part[i])):
@@ -1543,7 +1550,7 @@ def compare_slices(args, template, done, state, save):
     """Generated slices where their source lies, single ones by search, masks alone on the parcellations of all patients at that level."""
     out, made = Path(args.out), json.loads((Path(args.fake) / 'sample.json').read_text())
     S, box = made['pixels'], tuple(made['box'])
-    real = load_slices(args.data, S, box=box, cache=args.cache)
+    real = real_like(args, made)
 
     def geometry(name, z):
         d = done[name]
@@ -1663,7 +1670,7 @@ def dual(args):
     if not names:
         fail(f'--fake {args.fake}: was not made by a run of train_bravo.py --dual; give a set that was, or the names of its files with --dual')
     fake = load_slices([args.fake], made['pixels'], names, cache=args.cache, training=False)
-    real = load_slices(args.data, made['pixels'], names, made['box'], args.split, args.cache)
+    real = real_like(args, made, names)
     sets = [[(d.images[i], d.masks[i, 0], d.table[i]) for i in rows if d.table[i]['tumour']] for d, rows in (
         (fake, range(len(fake.table))), (real, real.rows('test')), (real, real.rows('train')))]
     pairs = [(x, m, t, *enhancement(*x, m)) for s in sets for x, m, t in s]
@@ -1760,7 +1767,7 @@ def plan_readers(args, out):
     if not made.get('bravo'):
         fail(f'--fake {args.fake}: holds masks only; make images with sample.py --bravo RUN')
     fake = load_slices([args.fake], made['pixels'], cache=args.cache, training=False)
-    real = load_slices(args.data, made['pixels'], box=made['box'], split=args.split, cache=args.cache)
+    real = real_like(args, made)
     level = {r['folder']: float(r['level']) for r in read_csv(Path(args.fake) / 'manifest.csv') if r['level']}
     level = {id(t): t['level'] if t['level_known'] else level.get(t['folder'], t['level']) for data in (fake, real) for t in data.table}      # of a volume's slices their own
     sides = [(data, [data.table[i] for i in rows], rows) for data, rows in ((fake, range(len(fake.table))), (real, real.rows('test')))]

@@ -1,6 +1,7 @@
 """The yardsticks of evaluate.py: closed forms, identities, and sets whose answer is known."""
 import json
 import math
+import types
 
 import numpy as np
 import pytest
@@ -253,6 +254,17 @@ def test_cycle(trained, call, phantom, cache, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as e:
         run()                                                                                 # one judge patient of three slices
     assert e.value.code == 2 and '--split' in capsys.readouterr().err
+
+
+def test_real_masks_are_read_as_the_run_read_them(tmp_path):
+    """sample.json's labels and speck say what a tumour is; without them (older sets) all labels, pieces from 4 mm2."""
+    mask = np.zeros((32, 32), np.uint8)
+    mask[4:12, 4:12], mask[4:12, 16:24], mask[24, 24:26] = 1, 2, 1                                     # 64, 64 and 2 mm2
+    for k in range(2):
+        write_patient(tmp_path / f'data/p{k}', {'bravo': np.where(disc(14, 16, 16, 32), 100, 0).astype(np.float32)}, mask, (1.0, 1.0))
+    args = types.SimpleNamespace(data=[tmp_path / 'data'], split=None, cache=tmp_path / 'cache')
+    for about, tumour in (({}, 32), (dict(labels=None, speck=0.0), 33), (dict(labels=[2], speck=4.0), 16), (dict(labels=[1], speck=0.0), 17)):
+        assert [t['tumour'] for t in evaluate.real_like(args, dict(pixels=16, box=[0.0, 0.0, 1.0, 1.0], **about)).table] == [tumour] * 2
 
 
 REFUSED = [('quality --fake {data} --data {data}', 'sample.json'), ('quality --fake {fake} --data none', '--data none'), ('quality --fake {fake}', '--data'),
