@@ -126,6 +126,8 @@ def get_args(argv=None):
     for root in getattr(args, 'data', None) or ():
         if not Path(root).is_dir():
             fail(f'--data {root}: no such folder; give a folder that holds one folder a patient')
+        if args.command != 'atlas' and (Path(root) / 'manifest.csv').is_file():                       # atlas says it itself
+            fail(f'--data {root}: is a synthetic set; give it with --fake')
     vgg = getattr(args, 'vgg_weights', None)
     if vgg not in (None, 'none') and not Path(vgg).is_file():
         fail(f'--vgg-weights {vgg}: no such file')

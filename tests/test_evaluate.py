@@ -270,6 +270,8 @@ def test_real_masks_are_read_as_the_run_read_them(tmp_path):
 REFUSED = [('quality --fake {data} --data {data}', 'sample.json'), ('quality --fake {fake} --data none', '--data none'), ('quality --fake {fake}', '--data'),
            ('quality --fake {fake} --data {data} --vgg-weights none.pth', 'none.pth'), ('quality --fake {fake} --data {data} --part train', '--part'),
            ('quality --fake {fake} --data {data} --repeats 1', '--repeats'), ('quality --fake {fake} --data {data} --vgg-weights none', 'masks only'),
+           *((f'{c} --fake {{fake}} --data {{data}} {{fake}}', 'masks: is a synthetic set; give it with --fake')
+             for c in ('quality', 'cycle', 'coherence', 'dual', 'readers plan', 'downstream')),
            ('cycle --fake {fake} --data {data}', 'masks only'), ('control --fake {fake}', '--count'), ('none', 'quality'), ('', 'COMMAND')]
 
 
