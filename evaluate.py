@@ -607,7 +607,15 @@ def cycle(args):
     patients = np.array([f'fake:{fake.table[i]["source"] or fake.table[i]["folder"]}' for i in rows] + [real.table[i]['patient'] for i in test])
     found, fakes, reals = segment(images), np.arange(len(rows)), np.arange(len(rows), len(images))
     own = dice(found, masks)
-    shuffled = np.concatenate([np.mean([dice(found[i], np.roll(masks[i], k, 0)) for k in range(1, min(11, len(i)))], 0) for i in (fakes, reals)])
+    g, who, shuffled = generator(args.seed, 'shuffled'), np.unique(patients, return_inverse=True)[1], np.empty(len(images))
+    for side, flag in ((fakes, '--fake'), (reals, '--data')):
+        if len({*who[side]}) < 2:
+            fail(f'{flag}: all {len(side)} images are of patient {patients[side[0]].removeprefix("fake:")}; masks of another are needed to compare with'
+                 + (', see --split' if flag == '--data' else ''))
+        for i in side:                                                  # neighbouring slices of a patient have nearly the same mask
+            others = side[who[side] != who[i]]
+            others = others[torch.randperm(len(others), generator=g)[:10].numpy()]
+            shuffled[i] = dice(found[np.full(len(others), i)], masks[others]).mean()
     pieces = []
     for i, mask in enumerate(masks):
         labels, n = components(mask)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import evaluate
-from common import write_csv, write_patient
+from common import read_csv, write_csv, write_patient
 from evaluate import (copies, dice, distances, draw, frechet, kid, lesions, match, memorisation, ms_ssim, polynomial_kernel, prdc, radial_spectrum,
                       spearman, train_segmenter, wasserstein)
 
@@ -250,6 +250,16 @@ def test_cycle(trained, call, phantom, cache, tmp_path, monkeypatch, capsys):
     assert asked == [(told['judge_slices'], 7)] and told['judge_slices'] >= 8
     own, shuffled = told['metrics']['Dice, own masks'], told['metrics']['Dice, shuffled masks']
     assert own['fake'] == own['floor'] == 1 and shuffled['floor'] < 0.9 and shuffled['fake'] < 0.9
+    data, of = load([phantom], 16, split=tmp_path / 'split.csv', cache=cache), {}                     # 3 test patients: at most 9 slices, so all of the others'
+    for i in data.rows('test', 0.0):
+        of.setdefault(data.table[i]['patient'], []).append(data.masks[i])
+    by_hand = [np.mean([dice(m, v)[0] for q, some in of.items() if q != p for v in some]) for p, mine in of.items() for m in mine]
+    assert len(of) == 3 and shuffled['floor'] == pytest.approx(np.mean(by_hand))
+    rows = read_csv(fake / 'manifest.csv')
+    write_csv(fake / 'manifest.csv', list(rows[0]), [[v if k != 'source_patient' else rows[0][k] for k, v in r.items()] for r in rows])
+    with pytest.raises(SystemExit) as e:
+        run('--split', str(tmp_path / 'split.csv'), '--train-steps', '7')
+    assert e.value.code == 2 and f'images are of patient {rows[0]["source_patient"]}; masks of another' in capsys.readouterr().err
     assert len([m for m in told['metrics'] if m.startswith('lesions found')]) == 3 and (tmp_path / 'out/cycle.png').exists()
     with pytest.raises(SystemExit) as e:
         run()                                                                                 # one judge patient of three slices
