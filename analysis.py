@@ -120,6 +120,9 @@ def compare(args):
     runs = {n: Path(r) for n, r in zip(names, args.runs) if (Path(r) / 'log.csv').is_file()}
     sets = {n: json.loads((Path(r) / 'metrics.json').read_text()) for n, r in zip(names, args.runs) if (Path(r) / 'metrics.json').is_file()}
     saved = []
+    for n in [n for n, v in sets.items() if 'metrics' not in v]:
+        print0(f'{n}: its metrics.json holds no metrics of a set (of a detector, say); left out')
+        del sets[n]
     if runs:
         logs = {n: read_csv(r / 'log.csv') for n, r in runs.items()}
         flags = {n: json.loads((r / 'args.json').read_text()) for n, r in runs.items()}
@@ -146,8 +149,10 @@ def compare(args):
             curve = lambda rows: list(zip(*[(float(r['log_snr_low']) + 0.5, float(r['mean_squared_error'])) for r in rows if r['set'] == 'train' and r.get('region', 'all') == 'all']))
             plot(out / 'loss_by_t.png', {n: curve(rows) for n, rows in by_t.items()}, 'training loss by noise', 'log-SNR', 'squared error', logy=True)
             saved.append('loss_by_t.png')
-    if sets:
-        metrics = [m for m in next(iter(sets.values()))['metrics'] if all(m in s['metrics'] for s in sets.values())]
+    metrics = [m for m in next(iter(sets.values()))['metrics'] if all(m in s['metrics'] for s in sets.values())] if sets else []
+    if sets and not metrics:
+        print0(f'{", ".join(sets)}: have no metric in common; no table of them')
+    if metrics:
         cell = lambda v, k='fake': f'{v[k]:.3f} [{v[k + "_low"]:.3f}, {v[k + "_high"]:.3f}]'
         rows = [[m, *(cell(s['metrics'][m]) for s in sets.values()), f'{np.mean([s["metrics"][m]["floor"] for s in sets.values()]):.3f}'] for m in metrics]
         print0()
@@ -155,7 +160,7 @@ def compare(args):
         write_csv(out / 'metrics.csv', ['metric', *sets, 'floor'], rows)
         bars(out / 'metrics.png', {m: {n: s['metrics'][m] for n, s in sets.items()} for m in metrics})
         saved += ['metrics.csv', 'metrics.png']
-    print0(f'look at {", ".join(str(out / f) for f in saved)}')
+    print0(f'look at {", ".join(str(out / f) for f in saved)}' if saved else 'nothing to compare')
 
 
 def timesteps(args):
@@ -192,7 +197,7 @@ def timesteps(args):
 
 
 def bars(path, metrics, width=330, line=18):
-    """A panel for each metric, a bar with its interval for each set, the floor as a line."""
+    """A panel for each metric, a bar with its interval for each set, the floor as a line; what is not finite is not drawn."""
     panels = []
     for name, sets in metrics.items():
         numbers_ = [v for s in sets.values() for v in (s['fake_high'], s['fake_low'], s['fake'], s['floor'], 0) if math.isfinite(v)]
@@ -204,10 +209,13 @@ def bars(path, metrics, width=330, line=18):
         for i, (n, s) in enumerate(sets.items()):
             y = 24 + line * i
             draw.text((6, y), n[-22:], (60, 60, 60), font)
-            draw.rectangle([min(at(0), at(s['fake'])), y + 2, max(at(0), at(s['fake'])), y + line - 5], COLOURS[i % len(COLOURS)])
-            draw.line([at(s['fake_low']), y + line // 2 - 2, at(s['fake_high']), y + line // 2 - 2], (0, 0, 0))
-        floor = at(float(np.nanmean([s['floor'] for s in sets.values()])))
-        draw.line([floor, 22, floor, 24 + line * len(sets)], (120, 120, 120))
+            if math.isfinite(s['fake']):
+                draw.rectangle([min(at(0), at(s['fake'])), y + 2, max(at(0), at(s['fake'])), y + line - 5], COLOURS[i % len(COLOURS)])
+            if math.isfinite(s['fake_low']) and math.isfinite(s['fake_high']):
+                draw.line([at(s['fake_low']), y + line // 2 - 2, at(s['fake_high']), y + line // 2 - 2], (0, 0, 0))
+        floors = [s['floor'] for s in sets.values() if math.isfinite(s['floor'])]
+        if floors:
+            draw.line([at(np.mean(floors)), 22, at(np.mean(floors)), 24 + line * len(sets)], (120, 120, 120))
         panels.append(np.asarray(panel))
     save_grid(path, [panels[i:i + 3] for i in range(0, len(panels), 3)])
 

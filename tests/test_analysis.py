@@ -33,6 +33,26 @@ def test_compare(trained, call, phantom, cache, tmp_path, capsys):
         assert (tmp_path / 'out' / name).stat().st_size > 1000
 
 
+def test_compare_what_cannot_be(tmp_path, capsys):
+    """A detector's metrics.json is left out, sets without a common metric have no table, and what is nan has no bar; each said in a line."""
+    value = dict(fake=1.0, fake_low=0.5, fake_high=1.5, floor=2.0)
+    for name, about in (('a', dict(metrics=dict(x=value, y=dict.fromkeys(value, math.nan)))), ('b', dict(metrics=dict(x=dict(value, floor=math.nan), y=value))),
+                        ('c', dict(metrics=dict(z=value))), ('d', dict(detector={}))):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'metrics.json').write_text(json.dumps(about))
+    run = lambda *names: (analysis.main(analysis.get_args(['compare', *(str(tmp_path / n) for n in names), '--out', str(tmp_path / ''.join(names) / 'out')])),
+                          capsys.readouterr().out)[1]
+    assert 'd: its metrics.json holds no metrics of a set' in run('a', 'b', 'd')
+    table = {r['metric']: r for r in common.read_csv(tmp_path / 'abd/out/metrics.csv')}
+    assert table['x']['a'] == '1.000 [0.500, 1.500]' and table['y']['a'].startswith('nan') and (tmp_path / 'abd/out/metrics.png').stat().st_size > 500
+    assert 'a, c: have no metric in common' in run('a', 'c') and not (tmp_path / 'ac/out/metrics.png').exists() and 'nothing to compare' in run('d')
+    analysis.bars(tmp_path / 'all.png', {'x': {'a': dict.fromkeys(value, math.nan)}})
+    analysis.bars(tmp_path / 'two.png', {'x': {'a': dict.fromkeys(value, math.nan), 'b': value}})
+    image = lambda v: np.asarray(common.Image.open(tmp_path / v))
+    coloured = lambda v: (np.ptp(image(v).astype(int), 2) > 20).any(1).nonzero()[0]
+    assert not len(coloured('all.png')) and coloured('two.png').min() > 24 + 18                         # the second row alone
+
+
 def test_timesteps(trained, tmp_path, capsys):
     """The table's mean is that of the bins; regions apart; different targets are told; a run without the file is refused."""
     analysis.main(analysis.get_args(['timesteps', str(trained / 'bravo'), str(trained / 'ddpm'), '--out', str(tmp_path)]))
