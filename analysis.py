@@ -244,10 +244,16 @@ def release(args):
 
 
 def verdicts(answers, fake):
-    """{folder: bad} of the images of a set, by the majority of raters, and how many images they left undecided. Repeats are no second vote."""
-    votes = {}
+    """{folder: bad} of the images of a set, by the majority of raters, and how many images they left undecided. Repeats are no second vote.
+    A set may have been moved since: its name says which it is, its full path where several judged sets have that name."""
+    votes, here = {}, Path(fake).resolve()
+    sets = {r['set']: Path(r['set']).resolve() for r in answers if Path(r['set']).name == here.name}
+    if len({*sets.values()}) > 1:
+        if here not in sets.values():
+            fail(f'--fake {fake}: people judged {" and ".join(sorted(sets))}, and none of them is this one; give one of these')
+        sets = {name: path for name, path in sets.items() if path == here}
     for r in answers:
-        if r['repeat'] == '0' and Path(r['set']).name == Path(fake).resolve().name:
+        if r['repeat'] == '0' and r['set'] in sets:
             votes.setdefault(r['folder'], Counter())[r['verdict']] += 1
     told = {f: v['bad'] > v['good'] for f, v in votes.items() if v['bad'] != v['good']}
     return told, len(votes) - len(told)

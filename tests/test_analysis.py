@@ -176,6 +176,18 @@ def test_patients(judged, who, capsys):
     assert summary['tarone_z'] == pytest.approx(analysis.tarone([12, 1, 1, 1, 1], [20, n0, 20, 20, 20])[0]) and (judged / 'out/patients.png').stat().st_size > 1000
 
 
+def test_verdicts_of_sets_of_one_name(tmp_path, capsys):
+    """a/set and b/set are two; one that was judged elsewhere is known by its name, unless two have it."""
+    answer = lambda root, verdict: dict(set=str(root / 'set'), folder='f', verdict=verdict, repeat='0')
+    said = [answer(tmp_path / 'a', 'bad'), answer(tmp_path / 'a', 'bad'), answer(tmp_path / 'b', 'good'), answer(tmp_path / 'b/../b', 'good')]
+    assert analysis.verdicts(said, tmp_path / 'a/set') == ({'f': True}, 0) and analysis.verdicts(said, tmp_path / 'b/set') == ({'f': False}, 0)
+    assert analysis.verdicts(said[2:], tmp_path / 'moved/set') == ({'f': False}, 0)
+    with pytest.raises(SystemExit) as e:
+        analysis.verdicts(said, tmp_path / 'moved/set')
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and f'--fake {tmp_path}/moved/set: people judged {tmp_path}/a/set and ' in err
+
+
 # -- taxonomy ---------------------------------------------------------------------------------------------------------
 
 
