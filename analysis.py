@@ -45,7 +45,7 @@ def get_args(argv=None):
     c.add_argument('--threshold', type=number(float, 0, 1, open_low=True), metavar='P', help='bad in the end is p(bad) >= P; none: the detector\'s own')
     c.add_argument('--answers', nargs='+', metavar='DIR', help='bad in the end is what people say (folders of classifier.py label), and not the detector')
     c.add_argument('--early', type=number(float, 0, 1), default=0.5, help='what is decided at this t or above is structure, below it detail; 0.5: as much noise as image')
-    c.add_argument('--repeats', type=number(int, 20), default=200, help='bootstrap draws of images')
+    c.add_argument('--repeats', type=number(int, 20), default=200, help='bootstrap draws of source patients')
     c.add_argument('--device', choices=('auto', 'cpu', 'cuda'), default='auto')
     c.add_argument('--out', default='runs/onset', metavar='DIR')
     c = commands.add_parser('hard-cases', help='lesions found, by size, place, number and edge; how often to ask for each kind')
@@ -427,7 +427,12 @@ def onset(args):
     cut = np.quantile(z[~bad, :, 0], 0.95, axis=0)                                                            # the t-matched reference
     at = onset_of(z[bad][..., 0] > cut)
     times = np.array([*ts, math.nan])[at]
-    table, picked = [], [torch.randint(len(bad), (len(bad),), generator=generator('onset', k)).numpy() for k in range(args.repeats)]
+    names, of = np.unique([r.get('source_patient') or r['folder'] for r in rows], return_inverse=True)          # images of one patient are not independent
+    if len(names) < 2:
+        print0(f'note: all images are of patient {names[0]}: intervals over patients cannot be told')
+    picked = [np.concatenate([np.flatnonzero(of == p) for p in torch.randint(len(names), (len(names),), generator=generator('onset', k)).tolist()])
+              for k in range(args.repeats)]
+    table = []
     for k, t in enumerate(ts):
         draws = [auc(z[i[bad[i]], k, 0], z[i[~bad[i]], k, 0]) for i in picked]
         far = [float(((x[some, k] - x[some, -1]) ** 2).mean()) for some in (~bad, bad)]

@@ -284,6 +284,11 @@ def test_onset(tmp_path, detector, monkeypatch, capsys):
     assert '3 are so for good from t >= 0.5 (structure), 4 only below it' in capsys.readouterr().out
     for name in ('onset.png', 'classes.png', 'trajectories.png'):
         assert (tmp_path / 'out' / name).stat().st_size > 500
+    common.write_csv(fake / 'manifest.csv', ['folder', 'source_patient'], [[f'syn_0_{i:06d}', f'p{i // 30}'] for i in range(n)])       # all bad ones are p0's
+    analysis.main(analysis.get_args(['onset', '--fake', str(fake), '--gate', str(detector()), '--out', str(tmp_path / 'two'), '--repeats', '20', '--device', 'cpu']))
+    two = {float(r['t']): r for r in common.read_csv(tmp_path / 'two/onset.csv')}
+    assert all(two[at]['auc'] == r['auc'] for at, r in rows.items()) and {k: two[0.75][k] for k in ('low', 'high')} != {k: rows[0.75][k] for k in ('low', 'high')}
+    assert float(two[0.75]['low']) == float(two[0.75]['high']) == pytest.approx(float(two[0.75]['auc']), abs=1e-3)          # a draw holds all of p0's or nothing: one AUC
 
 
 def test_onset_of_a_set(call, trained, phantom, detector, tmp_path):
