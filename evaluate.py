@@ -213,10 +213,21 @@ def lesions(masks):
     return counts, np.array(pieces, float).reshape(-1, 4)
 
 
-def real_like(args, made, names=('bravo',)):
-    """The patients of --data as slices like those that the run behind a set (its sample.json) was trained on: same size, brain box, labels and specks."""
-    return load_slices(args.data, made['pixels'], names, made['box'], getattr(args, 'split', None), args.cache,
+def real_like(args, made, names=('bravo',), parts=()):
+    """The patients of --data as slices like those that the run behind a set (its sample.json) was trained on: same size, brain box, labels and specks.
+    Its training patients may be in none of the parts that are to be new to it."""
+    data = load_slices(args.data, made['pixels'], names, made['box'], getattr(args, 'split', None), args.cache,
                        made.get('labels') and tuple(made['labels']), made.get('speck', 4.0))
+    refuse_seen(args.fake, made, data, parts)
+    return data
+
+
+def refuse_seen(root, made, data, parts):
+    """Fails where a patient of these parts was a training patient of the run that made the set; older sets do not say."""
+    known = made.get('split') if isinstance(made.get('split'), dict) else {}                      # in older sets it is the flag --split
+    for row, part in zip(data.table, data.part):
+        if part in parts and known.get(row['patient']) == 'train':
+            fail(f'{root}: patient {row["patient"]} was a training patient of the run that made it, here it is in the {part} part; give that run\'s split.csv with --split')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -247,7 +258,7 @@ def quality(args):
     if made['weights'] == 'raw':
         print0('note: the images were made with raw weights')
     fake = load_slices([args.fake], made['pixels'], cache=args.cache, training=False)
-    real = real_like(args, made)
+    real = real_like(args, made, parts=('val', 'judge', 'test'))
     pools = {k: real.rows(k, args.empty_slices, args.seed) for k in ('train', args.part)}
     others = np.concatenate([real.rows(k, args.empty_slices, args.seed) for k in PARTS if k not in ('train', args.part)])
     if not all(len(v) >= 8 for v in pools.values()):
@@ -596,7 +607,7 @@ def cycle(args):
     if not made.get('bravo'):
         fail(f'--fake {args.fake}: holds masks only; make images with sample.py --bravo RUN')
     fake = load_slices([args.fake], made['pixels'], cache=args.cache, training=False)
-    real = real_like(args, made)
+    real = real_like(args, made, parts=('judge', 'test'))
     judge, test = real.rows('judge', 0.2, args.seed), real.rows('test', 0.0)
     rows = np.array([i for i, r in enumerate(fake.table) if r['tumour']])
     if min(map(len, (judge, test, rows))) < 8:
@@ -757,6 +768,7 @@ def finish_downstream(args):
     if len(read) > 1:
         fail(f'--gated {args.gated}: its brain box, --labels or --speck are not those of --fake {args.fake}; make both with the same --bravo run')
     args.box, args.labels, args.speck = read.pop() if read else (None, (), 4.0)
+    args.made = made
     args.size = args.size or next((m['pixels'] for m in made.values()), 64)
     multiple = 4 if args.network == 'nnunet' else 32                        # MedNeXt halves it four times and norms what is left
     if args.size % multiple:
@@ -952,15 +964,19 @@ def trained_once(args, name, steps, arm_images, arm_masks, seed, augmented, imag
 
 
 def study_steps(args, device):
-    """The number of steps of every training, from --iters or by timing 20; kept in arms.json. Fails when a flag there differs."""
+    """The number of steps of every training, from --iters or by timing 20; kept in arms.json. Fails when a flag there differs. Writes split.csv."""
     out, now = Path(args.out), {k: v for k, v in plain(args).items() if k in STUDY}
     counts = {s: len(arm_slices(args, a)[0]) for s, a in (('data', 'real'), ('fake', 'synthetic'), ('gated', 'gated')) if getattr(args, s)}
-    if (out / 'arms.json').exists():
-        old = json.loads((out / 'arms.json').read_text())
+    old = json.loads((out / 'arms.json').read_text()) if (out / 'arms.json').exists() else None
+    if old:
         changed = [f'--{k.replace("_", "-")} {now[k]} (was {old[k]})' for k in STUDY if old[k] != now[k]]
         changed += [f'{n} training slices of --{s} (were {old["slices"].get(s)})' for s, n in counts.items() if old['slices'].get(s) != n]
         if changed:
             fail(f'--out {out}: holds a study with other flags: {", ".join(changed[:4])}; choose another --out, or repeat its flags')
+    out.mkdir(parents=True, exist_ok=True)
+    part = {p['name']: p['part'] for p in split_patients(find_patients(args.data, ('bravo', 'seg')), args.split)}          # those without a slice, too
+    write_csv(out / 'split.csv', ['patient', 'part'], sorted(part.items()))                             # analysis.py hard-cases looks for it here
+    if old:
         return old['steps']
     steps = args.iters
     if not steps:
@@ -973,7 +989,6 @@ def study_steps(args, device):
         seconds = (seconds[1] - seconds[0]) / 20
         steps = max(int(args.minutes * 60 / seconds), 1)
         print0(f'{seconds:.3f} s a step of {args.batch_size}: {steps} steps in {args.minutes:g} minutes, for every training')
-    out.mkdir(parents=True, exist_ok=True)
     atomic_write(out / 'arms.json', json.dumps(dict(now, steps=steps, slices=counts), indent=1).encode())
     return steps
 
@@ -981,6 +996,9 @@ def study_steps(args, device):
 def downstream(args):
     """Trains a segmenter on each arm, with each seed, and compares them on the real test patients; or on folds of training patients."""
     device, out = setup(args), Path(args.out)
+    real = study_slices(tuple(args.data), args.size, args.box, args.split, args.cache, args.labels or None, args.speck)
+    for name, made in args.made.items():
+        refuse_seen(getattr(args, name), made, real, ('val', 'test') if args.engine == 'nnunetv2' else ('test',))
     images, masks, table = arm_slices(args, 'real', 'test')
     arm_images, arm_masks, arm_table = arm_slices(args, 'real')
     patients = np.array([r['patient'] for r in table])
@@ -1200,7 +1218,7 @@ def coherence(args):
     if not made.get('stack'):
         fail(f'--fake {args.fake}: holds single slices; make volumes with sample.py --stack')
     fake = load_slices([args.fake], made['pixels'], cache=args.cache, training=False)
-    real = real_like(args, made)
+    real = real_like(args, made, parts=(args.part,))
     stacks = {side: [] for side in ('fake', 'train', args.part)}                                      # (patient, volume, mask, folder)
     for data in (fake, real):
         for (root, folder, part), rows in itertools.groupby(range(len(data.table)), lambda i: (data.table[i]['root'], data.table[i]['folder'], data.part[i])):
@@ -1680,7 +1698,7 @@ def dual(args):
     if not names:
         fail(f'--fake {args.fake}: was not made by a run of train_bravo.py --dual; give a set that was, or the names of its files with --dual')
     fake = load_slices([args.fake], made['pixels'], names, cache=args.cache, training=False)
-    real = real_like(args, made, names)
+    real = real_like(args, made, names, ('test',))
     sets = [[(d.images[i], d.masks[i, 0], d.table[i]) for i in rows if d.table[i]['tumour']] for d, rows in (
         (fake, range(len(fake.table))), (real, real.rows('test')), (real, real.rows('train')))]
     pairs = [(x, m, t, *enhancement(*x, m)) for s in sets for x, m, t in s]
@@ -1777,7 +1795,7 @@ def plan_readers(args, out):
     if not made.get('bravo'):
         fail(f'--fake {args.fake}: holds masks only; make images with sample.py --bravo RUN')
     fake = load_slices([args.fake], made['pixels'], cache=args.cache, training=False)
-    real = real_like(args, made)
+    real = real_like(args, made, parts=('test',))
     level = {r['folder']: float(r['level']) for r in read_csv(Path(args.fake) / 'manifest.csv') if r['level']}
     level = {id(t): t['level'] if t['level_known'] else level.get(t['folder'], t['level']) for data in (fake, real) for t in data.table}      # of a volume's slices their own
     sides = [(data, [data.table[i] for i in rows], rows) for data, rows in ((fake, range(len(fake.table))), (real, real.rows('test')))]

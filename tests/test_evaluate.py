@@ -1,4 +1,5 @@
 """The yardsticks of evaluate.py: closed forms, identities, and sets whose answer is known."""
+import contextlib
 import json
 import math
 import types
@@ -233,6 +234,8 @@ def test_cycle(trained, call, phantom, cache, tmp_path, monkeypatch, capsys):
     names = sorted(f.name for f in phantom.iterdir())
     write_csv(tmp_path / 'split.csv', ['patient', 'part'], [(n, ('train', 'judge', 'test', 'train')[i % 4]) for i, n in enumerate(names)])
     fake = call('sample', tmp_path / 'set', '--bravo', trained / 'bravo', '--data', phantom, '--split', tmp_path / 'split.csv', '--n', 12, '--steps', 2)
+    made = {**json.loads((fake / 'sample.json').read_text()), 'split': None}                        # the run had another split; an older set does not say
+    (fake / 'sample.json').write_text(json.dumps(made))
     run = lambda *flags: evaluate.main(evaluate.get_args(['cycle', '--fake', str(fake), '--data', str(phantom), '--out', str(tmp_path / 'out'), '--cache', str(cache),
                                                           '--repeats', '20', '--device', 'cpu', *flags]))
     known, load = {}, evaluate.load_slices
@@ -255,6 +258,13 @@ def test_cycle(trained, call, phantom, cache, tmp_path, monkeypatch, capsys):
         of.setdefault(data.table[i]['patient'], []).append(data.masks[i])
     by_hand = [np.mean([dice(m, v)[0] for q, some in of.items() if q != p for v in some]) for p, mine in of.items() for m in mine]
     assert len(of) == 3 and shuffled['floor'] == pytest.approx(np.mean(by_hand))
+    seen = next(iter(of))
+    for split, ok in (({seen: 'judge'}, True), ({seen: 'train'}, False)):
+        (fake / 'sample.json').write_text(json.dumps(dict(made, split=split)))
+        with contextlib.nullcontext() if ok else pytest.raises(SystemExit) as e:
+            run('--split', str(tmp_path / 'split.csv'), '--train-steps', '7')
+    assert e.value.code == 2 and f'{fake}: patient {seen} was a training patient of the run that made it, here it is in the test part' in capsys.readouterr().err
+    (fake / 'sample.json').write_text(json.dumps(made))
     rows = read_csv(fake / 'manifest.csv')
     write_csv(fake / 'manifest.csv', list(rows[0]), [[v if k != 'source_patient' else rows[0][k] for k, v in r.items()] for r in rows])
     with pytest.raises(SystemExit) as e:
