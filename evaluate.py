@@ -768,7 +768,8 @@ def finish_downstream(args):
     if len(read) > 1:
         fail(f'--gated {args.gated}: its brain box, --labels or --speck are not those of --fake {args.fake}; make both with the same --bravo run')
     args.box, args.labels, args.speck = read.pop() if read else (None, (), 4.0)
-    args.made = made
+    args.made, digest = made, lambda root: hashlib.sha256(b''.join(f.read_bytes() for f in (Path(root) / 'sample.json', Path(root) / 'manifest.csv') if f.is_file())).hexdigest()
+    args.sets = {'brain box': args.box and list(args.box), 'labels': list(args.labels), 'speck': args.speck, **{f'hash of --{k}': digest(getattr(args, k))[:12] for k in made}}
     args.size = args.size or next((m['pixels'] for m in made.values()), 64)
     multiple = 4 if args.network == 'nnunet' else 32                        # MedNeXt halves it four times and norms what is left
     if args.size % multiple:
@@ -970,6 +971,7 @@ def study_steps(args, device):
     old = json.loads((out / 'arms.json').read_text()) if (out / 'arms.json').exists() else None
     if old:
         changed = [f'--{k.replace("_", "-")} {now[k]} (was {old[k]})' for k in STUDY if old[k] != now[k]]
+        changed += [f'{k} {v} (was {old["sets"].get(k)})' for k, v in args.sets.items() if 'sets' in old and old['sets'].get(k) != v]        # older studies do not say
         changed += [f'{n} training slices of --{s} (were {old["slices"].get(s)})' for s, n in counts.items() if old['slices'].get(s) != n]
         if changed:
             fail(f'--out {out}: holds a study with other flags: {", ".join(changed[:4])}; choose another --out, or repeat its flags')
@@ -989,7 +991,7 @@ def study_steps(args, device):
         seconds = (seconds[1] - seconds[0]) / 20
         steps = max(int(args.minutes * 60 / seconds), 1)
         print0(f'{seconds:.3f} s a step of {args.batch_size}: {steps} steps in {args.minutes:g} minutes, for every training')
-    atomic_write(out / 'arms.json', json.dumps(dict(now, steps=steps, slices=counts), indent=1).encode())
+    atomic_write(out / 'arms.json', json.dumps(dict(now, steps=steps, slices=counts, sets=args.sets), indent=1).encode())
     return steps
 
 

@@ -288,6 +288,14 @@ def test_study(study, monkeypatch, capsys):
         study()
     assert e.value.code == 2 and f'set0: patient {test} was a training patient' in capsys.readouterr().err
     (study.root / 'set0/sample.json').write_text(made)
+    for file, change in (('manifest.csv', lambda v: v.replace('syn_0_000001,1,', 'syn_0_000001,7,')), ('sample.json', lambda v: v.replace('"seed": 0', '"seed": 5'))):
+        whole = (study.root / 'set0' / file).read_text()                                   # a set made anew at the same path
+        assert change(whole) != whole
+        (study.root / 'set0' / file).write_text(change(whole))
+        with pytest.raises(SystemExit) as e:
+            study()
+        assert e.value.code == 2 and 'hash of --fake' in capsys.readouterr().err
+        (study.root / 'set0' / file).write_text(whole)
     for flags, words in ((('--iters', '3'), '--iters 3 (was 2)'), (('--fake', study.root / 'set1'), 'set1'), (('--width', '4'), '--width 4 (was 2)')):
         with pytest.raises(SystemExit) as e:
             study(*flags)
