@@ -145,7 +145,9 @@ def get_args(argv=None):
 
 
 def kid(kernel, a, b):
-    """Kernel distance (Binkowski 2018): unbiased MMD^2 from a matrix of kernel values."""
+    """Kernel distance (Binkowski 2018): unbiased MMD^2 from a matrix of kernel values. nan where a side has one distinct image only."""
+    if min(len(np.unique(i)) for i in (a, b)) < 2:
+        return math.nan
     def within(i):
         pairs = i[:, None] != i[None]
         return kernel[np.ix_(i, i)][pairs].mean()
@@ -158,7 +160,10 @@ def polynomial_kernel(x):
 
 
 def frechet(x, a, b):
-    """|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^0.5) for features x (N,d) (Heusel 2017). Biased upwards for few images."""
+    """|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^0.5) for features x (N,d) (Heusel 2017). Biased upwards for few images.
+    nan where a side has one distinct image only."""
+    if min(len(np.unique(i)) for i in (a, b)) < 2:
+        return math.nan
     xa, xb = x[a] - x[a].mean(0), x[b] - x[b].mean(0)
     # tr((S_a S_b)^0.5) is the nuclear norm of the cross product of the centred features: no square root of a singular matrix
     cross = np.linalg.svd(xa @ xb.T, compute_uv=False).sum() / math.sqrt((len(a) - 1) * (len(b) - 1))
@@ -166,11 +171,14 @@ def frechet(x, a, b):
 
 
 def prdc(distance, fake, real, k=5):
-    """Precision, recall (Kynkaanniemi 2019), density, coverage (Naeem 2020) from a matrix of distances: k-th neighbour, strict <."""
+    """Precision, recall (Kynkaanniemi 2019), density, coverage (Naeem 2020) from a matrix of distances: k-th neighbour, strict <.
+    All nan where an image has fewer than k neighbours on its side, as in a bootstrap draw of few patients."""
     def radius(i):
         d = np.where(i[:, None] != i[None], distance[np.ix_(i, i)], np.inf)
-        return np.partition(d, k - 1, 1)[:, k - 1]
+        return np.partition(d, k - 1, 1)[:, k - 1] if len(i) > k else np.full(len(i), np.inf)
     d, r_fake, r_real = distance[np.ix_(fake, real)], radius(fake), radius(real)
+    if not np.isfinite(np.concatenate([r_fake, r_real])).all():
+        return dict.fromkeys(('precision', 'recall', 'density', 'coverage'), math.nan)
     inside = d < r_real
     return dict(precision=inside.any(1).mean(), recall=(d < r_fake[:, None]).any(0).mean(), density=inside.sum(1).mean() / k,
                 coverage=(d.min(0) < r_real).mean())

@@ -63,6 +63,21 @@ def test_prdc():
     np.testing.assert_allclose(d[3, 7], np.linalg.norm(x[3] - x[7]))
 
 
+def test_draws_of_too_few_images():
+    """Fewer than k + 1 images on a side, or k neighbours of an image: all four nan; one distinct image: no KID, no Frechet; an interval of some such draws."""
+    x = normal(40, 8)
+    d, many = distances(x), np.arange(20, 40)
+    for few in (np.arange(1), np.arange(4), np.arange(5), np.array([0] * 8 + [1, 2])):
+        for found in (prdc(d, few, many), prdc(d, many, few)):
+            assert list(found) == ['precision', 'recall', 'density', 'coverage'] and all(map(math.isnan, found.values()))
+    assert all(map(math.isfinite, prdc(d, np.arange(6), many).values())) and all(map(math.isfinite, prdc(d, np.array([0, 1, 2] * 5), many).values()))
+    for f in (lambda a, b: kid(polynomial_kernel(x), a, b), lambda a, b: frechet(x, a, b)):
+        assert math.isnan(f(np.array([3, 3, 3]), many)) and math.isnan(f(many, np.array([3]))) and math.isfinite(f(np.array([3, 4]), many))
+    draws = [({'m': v}, {'m': 0.0}) for v in (1.0, math.nan, 1.0)]
+    assert evaluate.intervals(['m'], [{'m': 1.0}, {'m': 0.0}], draws) == [['m', 1, 1, 1, 0, 0, 0, 1, 1]]
+    assert ms_ssim(torch.zeros(0, 1, 64, 64), torch.zeros(0, 1, 64, 64)).shape == (0,)               # of a draw of one image
+
+
 def test_spectrum():
     """A cosine of 5 cycles has its power in ring 5; doubling adds 6.02 dB; white noise is flat."""
     n = np.arange(64)
