@@ -281,6 +281,13 @@ def quality(args):
     train, test, others, fakes = np.arange(a), np.arange(a, b), np.arange(b, len(used)), np.arange(len(used), len(images))
     sizes = {k: f'{len(v)} images of {len(set(patients[v]))}' for k, v in dict(fake=fakes, train=train, test=test).items()}
     print0(f'fake {sizes["fake"]} sources, train {sizes["train"]} patients, {args.part} {sizes["test"]} patients')
+    everything, sides = (images, fakes, train, np.concatenate([test, others])), (train, test, others, fakes)        # copies are looked for among all
+    some = [np.sort(v[torch.randperm(len(v), generator=generator(args.seed, 'side', k)).numpy()[:3 * args.n]]) for k, v in enumerate(sides)]      # the matrices grow as the square
+    if sum(map(len, some)) < len(images):
+        kept = np.concatenate(some)
+        images, masks, patients = images[kept], masks[kept], patients[kept]
+        train, test, others, fakes = np.split(np.arange(len(kept)), np.cumsum(list(map(len, some)))[:3])
+        print0(f'distances on a draw of {len(fakes)} of the generated, {len(train)} training, {len(test)} {args.part} images (at most 3 * --n); copies on all')
 
     spectrum = radial_spectrum(images)
     counts, pieces = lesions(masks)
@@ -326,27 +333,31 @@ def quality(args):
     points = [both(('point', k), False) for k in range(10)]
     draws = [both(('draw', k), True) for k in progress(range(args.repeats), 'bootstrap')]
     mean = [{name: np.mean([p[side][name] for p in points]) for name in points[0][side]} for side in (0, 1)]
-    cut, nearest = copies(images, fakes, train, np.concatenate([test, others]), out)
+    cut, nearest = copies(*everything, out, max(4096, 3 * args.n))
     report(out, intervals(list(mean[0]), mean, draws), dict(
         fake=args.fake, hash=made['bravo'], part=args.part, n=int(min(len(fakes), len(train), len(test), args.n)), sizes=sizes, repeats=args.repeats,
         correlation_cut=cut, copies=int((nearest > cut).sum())))
     cycles = np.arange(1, spectrum.shape[1] + 1)
     plot(out / 'spectrum.png', {n: (cycles, spectrum[i].mean(0)) for n, i in (('fake', fakes), ('train', train), (args.part, test))},
          'radial power spectrum', 'cycles an image', 'dB', logx=True)
-    print0(f'copies: {(nearest > cut).sum()} of {len(fakes)} images correlate above {cut:.3f} with a training image (the 99th percentile of real '
+    print0(f'copies: {(nearest > cut).sum()} of {len(nearest)} images correlate above {cut:.3f} with a training image (the 99th percentile of real '
            f'held-out images); look at {out}/nearest.png')
 
 
-def copies(images, fakes, train, held_out, out):
-    """Nearest training image of each fake by correlation; the eight closest pairs as a picture. Returns the cut and the correlations."""
-    to_train, to_held = correlation(images[fakes], images[train]), correlation(images[fakes], images[held_out])
+def copies(images, fakes, train, held_out, out, block=4096):
+    """Nearest training image of each fake by correlation, a block of fakes at a time; the eight closest pairs as a picture. Returns the cut and the
+    correlations."""
+    def nearest(pool):
+        of, some = images[pool], (correlation(images[part], of) for part in np.split(fakes, range(block, len(fakes), block)))
+        return [np.concatenate(v) for v in zip(*((c.max(1), c.argmax(1)) for c in some))]
+    (to_train, train_at), (_, held_at) = nearest(train), nearest(held_out)
     cut = copy_cut(images[train], images[held_out])
-    top = np.argsort(-to_train.max(1))[:8]
+    top = np.argsort(-to_train)[:8]
     zoom = max(1, 128 // images.shape[-1])
     out.mkdir(parents=True, exist_ok=True)
-    save_grid(out / 'nearest.png', [[images[fakes[i]] for i in top], [images[train[to_train[i].argmax()]] for i in top],
-                                    [images[held_out[to_held[i].argmax()]] for i in top]], ['generated', 'nearest train', 'held out'], zoom)
-    return cut, to_train.max(1)
+    save_grid(out / 'nearest.png', [[images[fakes[i]] for i in top], [images[train[train_at[i]]] for i in top],
+                                    [images[held_out[held_at[i]]] for i in top]], ['generated', 'nearest train', 'held out'], zoom)
+    return cut, to_train
 
 
 # ---------------------------------------------------------------------------------------------------------------------

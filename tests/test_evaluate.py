@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import evaluate
-from common import read_csv, write_csv, write_patient
+from common import load_slices, read_csv, write_csv, write_patient
 from evaluate import (copies, dice, distances, draw, frechet, kid, lesions, match, memorisation, ms_ssim, polynomial_kernel, prdc, radial_spectrum,
                       spearman, train_segmenter, wasserstein)
 
@@ -143,6 +143,30 @@ def test_copies(tmp_path):
     images[100:102] = 1.3 * images[:2] + 0.2 + 0.05 * normal(2, 16, 16)
     cut, nearest = copies(images, np.arange(100, 115), np.arange(50), np.arange(50, 100), tmp_path)
     assert set(np.flatnonzero(nearest > cut)) == {0, 1} and (tmp_path / 'nearest.png').stat().st_size > 1000
+    picture = (tmp_path / 'nearest.png').read_bytes()
+    in_blocks = copies(images, np.arange(100, 115), np.arange(50), np.arange(50, 100), tmp_path, 4)
+    assert in_blocks[0] == cut and np.allclose(in_blocks[1], nearest, atol=1e-6) and (tmp_path / 'nearest.png').read_bytes() == picture
+
+
+@pytest.mark.parametrize('n, few', [(8, True), (9, True), (100, False)])
+def test_a_large_set_is_measured_on_a_draw(phantom, cache, tmp_path, monkeypatch, capsys, n, few):
+    """Of 28 fakes at most 3 n are compared, the same in each run, and copies are looked for among all; a set that is no larger is whole and in its order."""
+    data, fake = load_slices([phantom], 16, cache=cache), tmp_path / 'set'
+    rows = np.resize([i for i, p in enumerate(data.part) if p == 'train'], 28)
+    for k, i in enumerate(rows):
+        write_patient(fake / f'syn_{k:02d}', {'bravo': data.images[i, 0]}, data.masks[i, 0], (1.0, 1.0))
+    write_csv(fake / 'manifest.csv', ['folder', 'source_patient'], [[f'syn_{k:02d}', ''] for k in range(28)])
+    (fake / 'sample.json').write_text(json.dumps(dict(bravo='x', weights='ema', pixels=16, box=list(data.box))))
+    seen = []
+    monkeypatch.setattr(evaluate, 'radial_spectrum', lambda images: (seen.append(images), radial_spectrum(images))[1])
+    for out in ('a', 'b'):
+        evaluate.main(evaluate.get_args(['quality', '--fake', str(fake), '--data', str(phantom), '--vgg-weights', 'none', '--cache', str(cache), '--repeats', '20',
+                                         '--n', str(n), '--out', str(tmp_path / out), '--device', 'cpu']))
+    told = json.loads((tmp_path / 'a/metrics.json').read_text())
+    assert told == json.loads((tmp_path / 'b/metrics.json').read_text()) and np.array_equal(*seen)
+    whole = np.concatenate([data.images[data.rows(p, 0.2, 0)] for p in ('train', 'test', 'val', 'judge')] + [data.images[rows]])[:, 0]
+    assert ('copies on all' in capsys.readouterr().out) == few and told['sizes']['fake'] == '28 images of 28' and told['copies'] == 28
+    assert len(seen[0]) == len(whole) - max(28 - 3 * n, 0) if few else np.array_equal(seen[0], whole)
 
 
 def test_draw():
