@@ -235,7 +235,8 @@ def refuse_seen(root, made, data, parts):
     known = made.get('split') if isinstance(made.get('split'), dict) else {}                      # in older sets it is the flag --split
     for row, part in zip(data.table, data.part):
         if part in parts and known.get(row['patient']) == 'train':
-            fail(f'{root}: patient {row["patient"]} was a training patient of the run that made it, here it is in the {part} part; give that run\'s split.csv with --split')
+            fail(f'{root}: patient {row["patient"]} was a training patient of the run that made it, here it is in the {part} part; '
+                 'give that run\'s split.csv with --split')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -282,7 +283,8 @@ def quality(args):
     sizes = {k: f'{len(v)} images of {len(set(patients[v]))}' for k, v in dict(fake=fakes, train=train, test=test).items()}
     print0(f'fake {sizes["fake"]} sources, train {sizes["train"]} patients, {args.part} {sizes["test"]} patients')
     everything, sides = (images, fakes, train, np.concatenate([test, others])), (train, test, others, fakes)        # copies are looked for among all
-    some = [np.sort(v[torch.randperm(len(v), generator=generator(args.seed, 'side', k)).numpy()[:3 * args.n]]) for k, v in enumerate(sides)]      # the matrices grow as the square
+    some = [np.sort(v[torch.randperm(len(v), generator=generator(args.seed, 'side', k)).numpy()[:3 * args.n]])           # the matrices grow as the square
+            for k, v in enumerate(sides)]
     if sum(map(len, some)) < len(images):
         kept = np.concatenate(some)
         images, masks, patients = images[kept], masks[kept], patients[kept]
@@ -787,8 +789,10 @@ def finish_downstream(args):
     if len(read) > 1:
         fail(f'--gated {args.gated}: its brain box, --labels or --speck are not those of --fake {args.fake}; make both with the same --bravo run')
     args.box, args.labels, args.speck = read.pop() if read else (None, (), 4.0)
-    args.made, digest = made, lambda root: hashlib.sha256(b''.join(f.read_bytes() for f in (Path(root) / 'sample.json', Path(root) / 'manifest.csv') if f.is_file())).hexdigest()
-    args.sets = {'brain box': args.box and list(args.box), 'labels': list(args.labels), 'speck': args.speck, **{f'hash of --{k}': digest(getattr(args, k))[:12] for k in made}}
+    args.made, args.sets = made, {'brain box': args.box and list(args.box), 'labels': list(args.labels), 'speck': args.speck}
+    for k in made:
+        files = [Path(getattr(args, k)) / f for f in ('sample.json', 'manifest.csv')]
+        args.sets[f'hash of --{k}'] = hashlib.sha256(b''.join(f.read_bytes() for f in files if f.is_file())).hexdigest()[:12]
     args.size = args.size or next((m['pixels'] for m in made.values()), 64)
     multiple = 4 if args.network == 'nnunet' else 32                        # MedNeXt halves it four times and norms what is left
     if args.size % multiple:
@@ -990,7 +994,8 @@ def study_steps(args, device):
     old = json.loads((out / 'arms.json').read_text()) if (out / 'arms.json').exists() else None
     if old:
         changed = [f'--{k.replace("_", "-")} {now[k]} (was {old[k]})' for k in STUDY if old[k] != now[k]]
-        changed += [f'{k} {v} (was {old["sets"].get(k)})' for k, v in args.sets.items() if 'sets' in old and old['sets'].get(k) != v]        # older studies do not say
+        known = old.get('sets', args.sets)                                                  # older studies do not say
+        changed += [f'{k} {v} (was {known.get(k)})' for k, v in args.sets.items() if known.get(k) != v]
         changed += [f'{n} training slices of --{s} (were {old["slices"].get(s)})' for s, n in counts.items() if old['slices'].get(s) != n]
         if changed:
             fail(f'--out {out}: holds a study with other flags: {", ".join(changed[:4])}; choose another --out, or repeat its flags')
@@ -1540,12 +1545,21 @@ def atlas(args):
     out.mkdir(parents=True, exist_ok=True)
     save = lambda: atomic_write(file, json.dumps(state).encode())
     for p in progress(patients, 'registering'):
-        name = p['folder'].name
+        name, stat = p['folder'].name, p['files']['bravo'].stat()
+        file_is = dict(size=stat.st_size, mtime_ns=stat.st_mtime_ns)
+        if name in done and any(done[name].get(k, v) != v for k, v in file_is.items()):                          # older lines do not say
+            print0(f'{p["files"]["bravo"]}: has changed since it was registered; again')
+            targets[name].unlink(missing_ok=True)                             # ours, as checked above; gone before its line is another
+            del done[name]
         if name in done and targets[name].exists():
+            done[name] |= file_is
             continue
         (image,), mask, spacing, _ = read_patient(p)
         if image.min() == image.max():
             fail(f'{p["files"]["bravo"]}: is empty; remove the patient', 1)
+        if name in done and (list(done[name]['shape']), list(done[name]['spacing'])) != (list(image.shape), list(spacing)):
+            print0(f'{p["files"]["bravo"]}: is not of the shape and spacing that were registered; again')
+            del done[name]
         if name not in done:
             clock = time.process_time()
             matrix, nmi, *more = (search if len(image) == 1 else register)(template, image, spacing)
@@ -1554,7 +1568,7 @@ def atlas(args):
         bounds, matrix = (0, 0, *image.shape[1:]), torch.tensor(done[name]['matrix'])
         labels = np.stack([labels_at(template, matrix, plane(bounds, bounds[2:], spacing, z), bounds[2:]) for z in range(len(image))])
         data = as_stored(labels, p['files']['bravo'])
-        done[name] |= dict(sha=sha(data), tumour=tumour_counts(mask, grow_labels(labels, spacing[1:])))
+        done[name] |= dict(file_is, sha=sha(data), tumour=tumour_counts(mask, grow_labels(labels, spacing[1:])))
         save()                                                                # first: what stands there without a line here is somebody else's
         targets[name].parent.mkdir(parents=True, exist_ok=True)
         atomic_write(targets[name], data)
