@@ -45,7 +45,7 @@ def get_args(argv=None):
     c.add_argument('--threshold', type=number(float, 0, 1, open_low=True), metavar='P', help='bad in the end is p(bad) >= P; none: the detector\'s own')
     c.add_argument('--answers', nargs='+', metavar='DIR', help='bad in the end is what people say (folders of classifier.py label), and not the detector')
     c.add_argument('--early', type=number(float, 0, 1), default=0.5, help='what is decided at this t or above is structure, below it detail; 0.5: as much noise as image')
-    c.add_argument('--repeats', type=number(int, 20), default=200, help='bootstrap draws of images')
+    c.add_argument('--repeats', type=number(int, 20), default=200, help='bootstrap draws of source patients')
     c.add_argument('--device', choices=('auto', 'cpu', 'cuda'), default='auto')
     c.add_argument('--out', default='runs/onset', metavar='DIR')
     c = commands.add_parser('hard-cases', help='lesions found, by size, place, number and edge; how often to ask for each kind')
@@ -120,6 +120,9 @@ def compare(args):
     runs = {n: Path(r) for n, r in zip(names, args.runs) if (Path(r) / 'log.csv').is_file()}
     sets = {n: json.loads((Path(r) / 'metrics.json').read_text()) for n, r in zip(names, args.runs) if (Path(r) / 'metrics.json').is_file()}
     saved = []
+    for n in [n for n, v in sets.items() if 'metrics' not in v]:
+        print0(f'{n}: its metrics.json holds no metrics of a set (of a detector, say); left out')
+        del sets[n]
     if runs:
         logs = {n: read_csv(r / 'log.csv') for n, r in runs.items()}
         flags = {n: json.loads((r / 'args.json').read_text()) for n, r in runs.items()}
@@ -146,8 +149,10 @@ def compare(args):
             curve = lambda rows: list(zip(*[(float(r['log_snr_low']) + 0.5, float(r['mean_squared_error'])) for r in rows if r['set'] == 'train' and r.get('region', 'all') == 'all']))
             plot(out / 'loss_by_t.png', {n: curve(rows) for n, rows in by_t.items()}, 'training loss by noise', 'log-SNR', 'squared error', logy=True)
             saved.append('loss_by_t.png')
-    if sets:
-        metrics = [m for m in next(iter(sets.values()))['metrics'] if all(m in s['metrics'] for s in sets.values())]
+    metrics = [m for m in next(iter(sets.values()))['metrics'] if all(m in s['metrics'] for s in sets.values())] if sets else []
+    if sets and not metrics:
+        print0(f'{", ".join(sets)}: have no metric in common; no table of them')
+    if metrics:
         cell = lambda v, k='fake': f'{v[k]:.3f} [{v[k + "_low"]:.3f}, {v[k + "_high"]:.3f}]'
         rows = [[m, *(cell(s['metrics'][m]) for s in sets.values()), f'{np.mean([s["metrics"][m]["floor"] for s in sets.values()]):.3f}'] for m in metrics]
         print0()
@@ -155,7 +160,7 @@ def compare(args):
         write_csv(out / 'metrics.csv', ['metric', *sets, 'floor'], rows)
         bars(out / 'metrics.png', {m: {n: s['metrics'][m] for n, s in sets.items()} for m in metrics})
         saved += ['metrics.csv', 'metrics.png']
-    print0(f'look at {", ".join(str(out / f) for f in saved)}')
+    print0(f'look at {", ".join(str(out / f) for f in saved)}' if saved else 'nothing to compare')
 
 
 def timesteps(args):
@@ -192,7 +197,7 @@ def timesteps(args):
 
 
 def bars(path, metrics, width=330, line=18):
-    """A panel for each metric, a bar with its interval for each set, the floor as a line."""
+    """A panel for each metric, a bar with its interval for each set, the floor as a line; what is not finite is not drawn."""
     panels = []
     for name, sets in metrics.items():
         numbers_ = [v for s in sets.values() for v in (s['fake_high'], s['fake_low'], s['fake'], s['floor'], 0) if math.isfinite(v)]
@@ -204,10 +209,13 @@ def bars(path, metrics, width=330, line=18):
         for i, (n, s) in enumerate(sets.items()):
             y = 24 + line * i
             draw.text((6, y), n[-22:], (60, 60, 60), font)
-            draw.rectangle([min(at(0), at(s['fake'])), y + 2, max(at(0), at(s['fake'])), y + line - 5], COLOURS[i % len(COLOURS)])
-            draw.line([at(s['fake_low']), y + line // 2 - 2, at(s['fake_high']), y + line // 2 - 2], (0, 0, 0))
-        floor = at(float(np.nanmean([s['floor'] for s in sets.values()])))
-        draw.line([floor, 22, floor, 24 + line * len(sets)], (120, 120, 120))
+            if math.isfinite(s['fake']):
+                draw.rectangle([min(at(0), at(s['fake'])), y + 2, max(at(0), at(s['fake'])), y + line - 5], COLOURS[i % len(COLOURS)])
+            if math.isfinite(s['fake_low']) and math.isfinite(s['fake_high']):
+                draw.line([at(s['fake_low']), y + line // 2 - 2, at(s['fake_high']), y + line // 2 - 2], (0, 0, 0))
+        floors = [s['floor'] for s in sets.values() if math.isfinite(s['floor'])]
+        if floors:
+            draw.line([at(np.mean(floors)), 22, at(np.mean(floors)), 24 + line * len(sets)], (120, 120, 120))
         panels.append(np.asarray(panel))
     save_grid(path, [panels[i:i + 3] for i in range(0, len(panels), 3)])
 
@@ -236,10 +244,16 @@ def release(args):
 
 
 def verdicts(answers, fake):
-    """{folder: bad} of the images of a set, by the majority of raters, and how many images they left undecided. Repeats are no second vote."""
-    votes = {}
+    """{folder: bad} of the images of a set, by the majority of raters, and how many images they left undecided. Repeats are no second vote.
+    A set may have been moved since: its name says which it is, its full path where several judged sets have that name."""
+    votes, here = {}, Path(fake).resolve()
+    sets = {r['set']: Path(r['set']).resolve() for r in answers if Path(r['set']).name == here.name}
+    if len({*sets.values()}) > 1:
+        if here not in sets.values():
+            fail(f'--fake {fake}: people judged {" and ".join(sorted(sets))}, and none of them is this one; give one of these')
+        sets = {name: path for name, path in sets.items() if path == here}
     for r in answers:
-        if r['repeat'] == '0' and Path(r['set']).name == Path(fake).resolve().name:
+        if r['repeat'] == '0' and r['set'] in sets:
             votes.setdefault(r['folder'], Counter())[r['verdict']] += 1
     told = {f: v['bad'] > v['good'] for f, v in votes.items() if v['bad'] != v['good']}
     return told, len(votes) - len(told)
@@ -413,7 +427,12 @@ def onset(args):
     cut = np.quantile(z[~bad, :, 0], 0.95, axis=0)                                                            # the t-matched reference
     at = onset_of(z[bad][..., 0] > cut)
     times = np.array([*ts, math.nan])[at]
-    table, picked = [], [torch.randint(len(bad), (len(bad),), generator=generator('onset', k)).numpy() for k in range(args.repeats)]
+    names, of = np.unique([r.get('source_patient') or r['folder'] for r in rows], return_inverse=True)          # images of one patient are not independent
+    if len(names) < 2:
+        print0(f'note: all images are of patient {names[0]}: intervals over patients cannot be told')
+    picked = [np.concatenate([np.flatnonzero(of == p) for p in torch.randint(len(names), (len(names),), generator=generator('onset', k)).tolist()])
+              for k in range(args.repeats)]
+    table = []
     for k, t in enumerate(ts):
         draws = [auc(z[i[bad[i]], k, 0], z[i[~bad[i]], k, 0]) for i in picked]
         far = [float(((x[some, k] - x[some, -1]) ** 2).mean()) for some in (~bad, bad)]
@@ -561,7 +580,8 @@ def load_single(path, device):
 
 def tumour_rows(run, args):
     """Real masks with tumour of --part for a run, drawn with the seed: the slices (N,S,S), masks (N,1,S,S) and levels (N,)."""
-    data = load_slices(args.data, run.args.size, box=run.box, split=args.split, cache=args.cache, training=False)
+    data = load_slices(args.data, run.args.size, box=run.box, split=args.split, cache=args.cache, training=False,
+                       labels=run.args.labels and tuple(run.args.labels), speck=run.args.speck)
     rows = np.array([i for i in data.rows(args.part) if data.table[i]['tumour']], int)
     if len(rows) < args.n:
         fail(f'--n {args.n}: {len(rows)} slices of the {args.part} part have a tumour; ask for fewer, see --split')

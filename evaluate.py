@@ -126,6 +126,8 @@ def get_args(argv=None):
     for root in getattr(args, 'data', None) or ():
         if not Path(root).is_dir():
             fail(f'--data {root}: no such folder; give a folder that holds one folder a patient')
+        if args.command != 'atlas' and (Path(root) / 'manifest.csv').is_file():                       # atlas says it itself
+            fail(f'--data {root}: is a synthetic set; give it with --fake')
     vgg = getattr(args, 'vgg_weights', None)
     if vgg not in (None, 'none') and not Path(vgg).is_file():
         fail(f'--vgg-weights {vgg}: no such file')
@@ -143,7 +145,9 @@ def get_args(argv=None):
 
 
 def kid(kernel, a, b):
-    """Kernel distance (Binkowski 2018): unbiased MMD^2 from a matrix of kernel values."""
+    """Kernel distance (Binkowski 2018): unbiased MMD^2 from a matrix of kernel values. nan where a side has one distinct image only."""
+    if min(len(np.unique(i)) for i in (a, b)) < 2:
+        return math.nan
     def within(i):
         pairs = i[:, None] != i[None]
         return kernel[np.ix_(i, i)][pairs].mean()
@@ -156,7 +160,10 @@ def polynomial_kernel(x):
 
 
 def frechet(x, a, b):
-    """|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^0.5) for features x (N,d) (Heusel 2017). Biased upwards for few images."""
+    """|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^0.5) for features x (N,d) (Heusel 2017). Biased upwards for few images.
+    nan where a side has one distinct image only."""
+    if min(len(np.unique(i)) for i in (a, b)) < 2:
+        return math.nan
     xa, xb = x[a] - x[a].mean(0), x[b] - x[b].mean(0)
     # tr((S_a S_b)^0.5) is the nuclear norm of the cross product of the centred features: no square root of a singular matrix
     cross = np.linalg.svd(xa @ xb.T, compute_uv=False).sum() / math.sqrt((len(a) - 1) * (len(b) - 1))
@@ -164,11 +171,14 @@ def frechet(x, a, b):
 
 
 def prdc(distance, fake, real, k=5):
-    """Precision, recall (Kynkaanniemi 2019), density, coverage (Naeem 2020) from a matrix of distances: k-th neighbour, strict <."""
+    """Precision, recall (Kynkaanniemi 2019), density, coverage (Naeem 2020) from a matrix of distances: k-th neighbour, strict <.
+    All nan where an image has fewer than k neighbours on its side, as in a bootstrap draw of few patients."""
     def radius(i):
         d = np.where(i[:, None] != i[None], distance[np.ix_(i, i)], np.inf)
-        return np.partition(d, k - 1, 1)[:, k - 1]
+        return np.partition(d, k - 1, 1)[:, k - 1] if len(i) > k else np.full(len(i), np.inf)
     d, r_fake, r_real = distance[np.ix_(fake, real)], radius(fake), radius(real)
+    if not np.isfinite(np.concatenate([r_fake, r_real])).all():
+        return dict.fromkeys(('precision', 'recall', 'density', 'coverage'), math.nan)
     inside = d < r_real
     return dict(precision=inside.any(1).mean(), recall=(d < r_fake[:, None]).any(0).mean(), density=inside.sum(1).mean() / k,
                 coverage=(d.min(0) < r_real).mean())
@@ -211,6 +221,24 @@ def lesions(masks):
     return counts, np.array(pieces, float).reshape(-1, 4)
 
 
+def real_like(args, made, names=('bravo',), parts=()):
+    """The patients of --data as slices like those that the run behind a set (its sample.json) was trained on: same size, brain box, labels and specks.
+    Its training patients may be in none of the parts that are to be new to it."""
+    data = load_slices(args.data, made['pixels'], names, made['box'], getattr(args, 'split', None), args.cache,
+                       made.get('labels') and tuple(made['labels']), made.get('speck', 4.0))
+    refuse_seen(args.fake, made, data, parts)
+    return data
+
+
+def refuse_seen(root, made, data, parts):
+    """Fails where a patient of these parts was a training patient of the run that made the set; older sets do not say."""
+    known = made.get('split') if isinstance(made.get('split'), dict) else {}                      # in older sets it is the flag --split
+    for row, part in zip(data.table, data.part):
+        if part in parts and known.get(row['patient']) == 'train':
+            fail(f'{root}: patient {row["patient"]} was a training patient of the run that made it, here it is in the {part} part; '
+                 'give that run\'s split.csv with --split')
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # quality
 # ---------------------------------------------------------------------------------------------------------------------
@@ -239,7 +267,7 @@ def quality(args):
     if made['weights'] == 'raw':
         print0('note: the images were made with raw weights')
     fake = load_slices([args.fake], made['pixels'], cache=args.cache, training=False)
-    real = load_slices(args.data, made['pixels'], box=made['box'], split=args.split, cache=args.cache)
+    real = real_like(args, made, parts=('val', 'judge', 'test'))
     pools = {k: real.rows(k, args.empty_slices, args.seed) for k in ('train', args.part)}
     others = np.concatenate([real.rows(k, args.empty_slices, args.seed) for k in PARTS if k not in ('train', args.part)])
     if not all(len(v) >= 8 for v in pools.values()):
@@ -254,6 +282,14 @@ def quality(args):
     train, test, others, fakes = np.arange(a), np.arange(a, b), np.arange(b, len(used)), np.arange(len(used), len(images))
     sizes = {k: f'{len(v)} images of {len(set(patients[v]))}' for k, v in dict(fake=fakes, train=train, test=test).items()}
     print0(f'fake {sizes["fake"]} sources, train {sizes["train"]} patients, {args.part} {sizes["test"]} patients')
+    everything, sides = (images, fakes, train, np.concatenate([test, others])), (train, test, others, fakes)        # copies are looked for among all
+    some = [np.sort(v[torch.randperm(len(v), generator=generator(args.seed, 'side', k)).numpy()[:3 * args.n]])           # the matrices grow as the square
+            for k, v in enumerate(sides)]
+    if sum(map(len, some)) < len(images):
+        kept = np.concatenate(some)
+        images, masks, patients = images[kept], masks[kept], patients[kept]
+        train, test, others, fakes = np.split(np.arange(len(kept)), np.cumsum(list(map(len, some)))[:3])
+        print0(f'distances on a draw of {len(fakes)} of the generated, {len(train)} training, {len(test)} {args.part} images (at most 3 * --n); copies on all')
 
     spectrum = radial_spectrum(images)
     counts, pieces = lesions(masks)
@@ -299,27 +335,31 @@ def quality(args):
     points = [both(('point', k), False) for k in range(10)]
     draws = [both(('draw', k), True) for k in progress(range(args.repeats), 'bootstrap')]
     mean = [{name: np.mean([p[side][name] for p in points]) for name in points[0][side]} for side in (0, 1)]
-    cut, nearest = copies(images, fakes, train, np.concatenate([test, others]), out)
+    cut, nearest = copies(*everything, out, max(4096, 3 * args.n))
     report(out, intervals(list(mean[0]), mean, draws), dict(
         fake=args.fake, hash=made['bravo'], part=args.part, n=int(min(len(fakes), len(train), len(test), args.n)), sizes=sizes, repeats=args.repeats,
         correlation_cut=cut, copies=int((nearest > cut).sum())))
     cycles = np.arange(1, spectrum.shape[1] + 1)
     plot(out / 'spectrum.png', {n: (cycles, spectrum[i].mean(0)) for n, i in (('fake', fakes), ('train', train), (args.part, test))},
          'radial power spectrum', 'cycles an image', 'dB', logx=True)
-    print0(f'copies: {(nearest > cut).sum()} of {len(fakes)} images correlate above {cut:.3f} with a training image (the 99th percentile of real '
+    print0(f'copies: {(nearest > cut).sum()} of {len(nearest)} images correlate above {cut:.3f} with a training image (the 99th percentile of real '
            f'held-out images); look at {out}/nearest.png')
 
 
-def copies(images, fakes, train, held_out, out):
-    """Nearest training image of each fake by correlation; the eight closest pairs as a picture. Returns the cut and the correlations."""
-    to_train, to_held = correlation(images[fakes], images[train]), correlation(images[fakes], images[held_out])
+def copies(images, fakes, train, held_out, out, block=4096):
+    """Nearest training image of each fake by correlation, a block of fakes at a time; the eight closest pairs as a picture. Returns the cut and the
+    correlations."""
+    def nearest(pool):
+        of, some = images[pool], (correlation(images[part], of) for part in np.split(fakes, range(block, len(fakes), block)))
+        return [np.concatenate(v) for v in zip(*((c.max(1), c.argmax(1)) for c in some))]
+    (to_train, train_at), (_, held_at) = nearest(train), nearest(held_out)
     cut = copy_cut(images[train], images[held_out])
-    top = np.argsort(-to_train.max(1))[:8]
+    top = np.argsort(-to_train)[:8]
     zoom = max(1, 128 // images.shape[-1])
     out.mkdir(parents=True, exist_ok=True)
-    save_grid(out / 'nearest.png', [[images[fakes[i]] for i in top], [images[train[to_train[i].argmax()]] for i in top],
-                                    [images[held_out[to_held[i].argmax()]] for i in top]], ['generated', 'nearest train', 'held out'], zoom)
-    return cut, to_train.max(1)
+    save_grid(out / 'nearest.png', [[images[fakes[i]] for i in top], [images[train[train_at[i]]] for i in top],
+                                    [images[held_out[held_at[i]]] for i in top]], ['generated', 'nearest train', 'held out'], zoom)
+    return cut, to_train
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -588,7 +628,7 @@ def cycle(args):
     if not made.get('bravo'):
         fail(f'--fake {args.fake}: holds masks only; make images with sample.py --bravo RUN')
     fake = load_slices([args.fake], made['pixels'], cache=args.cache, training=False)
-    real = load_slices(args.data, made['pixels'], box=made['box'], split=args.split, cache=args.cache)
+    real = real_like(args, made, parts=('judge', 'test'))
     judge, test = real.rows('judge', 0.2, args.seed), real.rows('test', 0.0)
     rows = np.array([i for i, r in enumerate(fake.table) if r['tumour']])
     if min(map(len, (judge, test, rows))) < 8:
@@ -599,7 +639,15 @@ def cycle(args):
     patients = np.array([f'fake:{fake.table[i]["source"] or fake.table[i]["folder"]}' for i in rows] + [real.table[i]['patient'] for i in test])
     found, fakes, reals = segment(images), np.arange(len(rows)), np.arange(len(rows), len(images))
     own = dice(found, masks)
-    shuffled = np.concatenate([np.mean([dice(found[i], np.roll(masks[i], k, 0)) for k in range(1, min(11, len(i)))], 0) for i in (fakes, reals)])
+    g, who, shuffled = generator(args.seed, 'shuffled'), np.unique(patients, return_inverse=True)[1], np.empty(len(images))
+    for side, flag in ((fakes, '--fake'), (reals, '--data')):
+        if len({*who[side]}) < 2:
+            fail(f'{flag}: all {len(side)} images are of patient {patients[side[0]].removeprefix("fake:")}; masks of another are needed to compare with'
+                 + (', see --split' if flag == '--data' else ''))
+        for i in side:                                                  # neighbouring slices of a patient have nearly the same mask
+            others = side[who[side] != who[i]]
+            others = others[torch.randperm(len(others), generator=g)[:10].numpy()]
+            shuffled[i] = dice(found[np.full(len(others), i)], masks[others]).mean()
     pieces = []
     for i, mask in enumerate(masks):
         labels, n = components(mask)
@@ -737,10 +785,14 @@ def finish_downstream(args):
     for k, m in made.items():
         if not m.get('bravo'):
             fail(f'--{k} {getattr(args, k)}: holds masks only; make images with sample.py --bravo RUN')
-    boxes = {tuple(m['box']) for m in made.values()}
-    if len(boxes) > 1:
-        fail(f'--gated {args.gated}: its brain box is not that of --fake {args.fake}; make both with the same --bravo run')
-    args.box = boxes.pop() if boxes else None
+    read = {(tuple(m['box']), tuple(m.get('labels') or ()), m.get('speck', 4.0)) for m in made.values()}
+    if len(read) > 1:
+        fail(f'--gated {args.gated}: its brain box, --labels or --speck are not those of --fake {args.fake}; make both with the same --bravo run')
+    args.box, args.labels, args.speck = read.pop() if read else (None, (), 4.0)
+    args.made, args.sets = made, {'brain box': args.box and list(args.box), 'labels': list(args.labels), 'speck': args.speck}
+    for k in made:
+        files = [Path(getattr(args, k)) / f for f in ('sample.json', 'manifest.csv')]
+        args.sets[f'hash of --{k}'] = hashlib.sha256(b''.join(f.read_bytes() for f in files if f.is_file())).hexdigest()[:12]
     args.size = args.size or next((m['pixels'] for m in made.values()), 64)
     multiple = 4 if args.network == 'nnunet' else 32                        # MedNeXt halves it four times and norms what is left
     if args.size % multiple:
@@ -764,8 +816,8 @@ def finish_downstream(args):
 
 
 @functools.cache
-def study_slices(roots, size, box, split, cache):
-    return load_slices(roots, size, box=box, split=split, cache=cache)
+def study_slices(roots, size, box, split, cache, labels=None, speck=4.0):
+    return load_slices(roots, size, box=box, split=split, cache=cache, labels=labels, speck=speck)
 
 
 def arm_slices(args, arm, part='train'):
@@ -773,7 +825,8 @@ def arm_slices(args, arm, part='train'):
     part: the real slices alone. Slices of all sources are drawn alike, so a set weighs as much as it has slices."""
     images, masks, table = [], [], []
     for source in ARMS[arm] if part == 'train' else ('data',):
-        s = study_slices(tuple(args.data) if source == 'data' else (getattr(args, source),), args.size, args.box, args.split, args.cache)
+        about = (args.size, args.box, args.split, args.cache)
+        s = study_slices(tuple(args.data), *about, args.labels or None, args.speck) if source == 'data' else study_slices((getattr(args, source),), *about)
         rows = s.rows(part)
         images.append(s.images[rows]), masks.append(s.masks[rows])
         table += [s.table[i] for i in rows]
@@ -935,15 +988,21 @@ def trained_once(args, name, steps, arm_images, arm_masks, seed, augmented, imag
 
 
 def study_steps(args, device):
-    """The number of steps of every training, from --iters or by timing 20; kept in arms.json. Fails when a flag there differs."""
+    """The number of steps of every training, from --iters or by timing 20; kept in arms.json. Fails when a flag there differs. Writes split.csv."""
     out, now = Path(args.out), {k: v for k, v in plain(args).items() if k in STUDY}
     counts = {s: len(arm_slices(args, a)[0]) for s, a in (('data', 'real'), ('fake', 'synthetic'), ('gated', 'gated')) if getattr(args, s)}
-    if (out / 'arms.json').exists():
-        old = json.loads((out / 'arms.json').read_text())
+    old = json.loads((out / 'arms.json').read_text()) if (out / 'arms.json').exists() else None
+    if old:
         changed = [f'--{k.replace("_", "-")} {now[k]} (was {old[k]})' for k in STUDY if old[k] != now[k]]
+        known = old.get('sets', args.sets)                                                  # older studies do not say
+        changed += [f'{k} {v} (was {known.get(k)})' for k, v in args.sets.items() if known.get(k) != v]
         changed += [f'{n} training slices of --{s} (were {old["slices"].get(s)})' for s, n in counts.items() if old['slices'].get(s) != n]
         if changed:
             fail(f'--out {out}: holds a study with other flags: {", ".join(changed[:4])}; choose another --out, or repeat its flags')
+    out.mkdir(parents=True, exist_ok=True)
+    part = {p['name']: p['part'] for p in split_patients(find_patients(args.data, ('bravo', 'seg')), args.split)}          # those without a slice, too
+    write_csv(out / 'split.csv', ['patient', 'part'], sorted(part.items()))                             # analysis.py hard-cases looks for it here
+    if old:
         return old['steps']
     steps = args.iters
     if not steps:
@@ -956,14 +1015,16 @@ def study_steps(args, device):
         seconds = (seconds[1] - seconds[0]) / 20
         steps = max(int(args.minutes * 60 / seconds), 1)
         print0(f'{seconds:.3f} s a step of {args.batch_size}: {steps} steps in {args.minutes:g} minutes, for every training')
-    out.mkdir(parents=True, exist_ok=True)
-    atomic_write(out / 'arms.json', json.dumps(dict(now, steps=steps, slices=counts), indent=1).encode())
+    atomic_write(out / 'arms.json', json.dumps(dict(now, steps=steps, slices=counts, sets=args.sets), indent=1).encode())
     return steps
 
 
 def downstream(args):
     """Trains a segmenter on each arm, with each seed, and compares them on the real test patients; or on folds of training patients."""
     device, out = setup(args), Path(args.out)
+    real = study_slices(tuple(args.data), args.size, args.box, args.split, args.cache, args.labels or None, args.speck)
+    for name, made in args.made.items():
+        refuse_seen(getattr(args, name), made, real, ('val', 'test') if args.engine == 'nnunetv2' else ('test',))
     images, masks, table = arm_slices(args, 'real', 'test')
     arm_images, arm_masks, arm_table = arm_slices(args, 'real')
     patients = np.array([r['patient'] for r in table])
@@ -1183,7 +1244,7 @@ def coherence(args):
     if not made.get('stack'):
         fail(f'--fake {args.fake}: holds single slices; make volumes with sample.py --stack')
     fake = load_slices([args.fake], made['pixels'], cache=args.cache, training=False)
-    real = load_slices(args.data, made['pixels'], box=made['box'], split=args.split, cache=args.cache)
+    real = real_like(args, made, parts=(args.part,))
     stacks = {side: [] for side in ('fake', 'train', args.part)}                                      # (patient, volume, mask, folder)
     for data in (fake, real):
         for (root, folder, part), rows in itertools.groupby(range(len(data.table)), lambda i: (data.table[i]['root'], data.table[i]['folder'], data.part[i])):
@@ -1484,12 +1545,21 @@ def atlas(args):
     out.mkdir(parents=True, exist_ok=True)
     save = lambda: atomic_write(file, json.dumps(state).encode())
     for p in progress(patients, 'registering'):
-        name = p['folder'].name
+        name, stat = p['folder'].name, p['files']['bravo'].stat()
+        file_is = dict(size=stat.st_size, mtime_ns=stat.st_mtime_ns)
+        if name in done and any(done[name].get(k, v) != v for k, v in file_is.items()):                          # older lines do not say
+            print0(f'{p["files"]["bravo"]}: has changed since it was registered; again')
+            targets[name].unlink(missing_ok=True)                             # ours, as checked above; gone before its line is another
+            del done[name]
         if name in done and targets[name].exists():
+            done[name] |= file_is
             continue
         (image,), mask, spacing, _ = read_patient(p)
         if image.min() == image.max():
             fail(f'{p["files"]["bravo"]}: is empty; remove the patient', 1)
+        if name in done and (list(done[name]['shape']), list(done[name]['spacing'])) != (list(image.shape), list(spacing)):
+            print0(f'{p["files"]["bravo"]}: is not of the shape and spacing that were registered; again')
+            del done[name]
         if name not in done:
             clock = time.process_time()
             matrix, nmi, *more = (search if len(image) == 1 else register)(template, image, spacing)
@@ -1498,7 +1568,7 @@ def atlas(args):
         bounds, matrix = (0, 0, *image.shape[1:]), torch.tensor(done[name]['matrix'])
         labels = np.stack([labels_at(template, matrix, plane(bounds, bounds[2:], spacing, z), bounds[2:]) for z in range(len(image))])
         data = as_stored(labels, p['files']['bravo'])
-        done[name] |= dict(sha=sha(data), tumour=tumour_counts(mask, grow_labels(labels, spacing[1:])))
+        done[name] |= dict(file_is, sha=sha(data), tumour=tumour_counts(mask, grow_labels(labels, spacing[1:])))
         save()                                                                # first: what stands there without a line here is somebody else's
         targets[name].parent.mkdir(parents=True, exist_ok=True)
         atomic_write(targets[name], data)
@@ -1543,7 +1613,7 @@ def compare_slices(args, template, done, state, save):
     """Generated slices where their source lies, single ones by search, masks alone on the parcellations of all patients at that level."""
     out, made = Path(args.out), json.loads((Path(args.fake) / 'sample.json').read_text())
     S, box = made['pixels'], tuple(made['box'])
-    real = load_slices(args.data, S, box=box, cache=args.cache)
+    real = real_like(args, made)
 
     def geometry(name, z):
         d = done[name]
@@ -1663,7 +1733,7 @@ def dual(args):
     if not names:
         fail(f'--fake {args.fake}: was not made by a run of train_bravo.py --dual; give a set that was, or the names of its files with --dual')
     fake = load_slices([args.fake], made['pixels'], names, cache=args.cache, training=False)
-    real = load_slices(args.data, made['pixels'], names, made['box'], args.split, args.cache)
+    real = real_like(args, made, names, ('test',))
     sets = [[(d.images[i], d.masks[i, 0], d.table[i]) for i in rows if d.table[i]['tumour']] for d, rows in (
         (fake, range(len(fake.table))), (real, real.rows('test')), (real, real.rows('train')))]
     pairs = [(x, m, t, *enhancement(*x, m)) for s in sets for x, m, t in s]
@@ -1760,7 +1830,7 @@ def plan_readers(args, out):
     if not made.get('bravo'):
         fail(f'--fake {args.fake}: holds masks only; make images with sample.py --bravo RUN')
     fake = load_slices([args.fake], made['pixels'], cache=args.cache, training=False)
-    real = load_slices(args.data, made['pixels'], box=made['box'], split=args.split, cache=args.cache)
+    real = real_like(args, made, parts=('test',))
     level = {r['folder']: float(r['level']) for r in read_csv(Path(args.fake) / 'manifest.csv') if r['level']}
     level = {id(t): t['level'] if t['level_known'] else level.get(t['folder'], t['level']) for data in (fake, real) for t in data.table}      # of a volume's slices their own
     sides = [(data, [data.table[i] for i in rows], rows) for data, rows in ((fake, range(len(fake.table))), (real, real.rows('test')))]

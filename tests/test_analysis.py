@@ -1,7 +1,9 @@
 """analysis.py on finished runs."""
+import contextlib
 import csv
 import json
 import math
+import types
 
 import numpy as np
 import pytest
@@ -31,6 +33,26 @@ def test_compare(trained, call, phantom, cache, tmp_path, capsys):
     assert table['spectrum, dB']['b'].startswith(f'{wanted["fake"]:.3f} [') and float(table['spectrum, dB']['floor']) == pytest.approx(wanted['floor'], abs=1e-3)
     for name in ('loss.png', 'held_out.png', 'loss_by_t.png', 'metrics.png'):
         assert (tmp_path / 'out' / name).stat().st_size > 1000
+
+
+def test_compare_what_cannot_be(tmp_path, capsys):
+    """A detector's metrics.json is left out, sets without a common metric have no table, and what is nan has no bar; each said in a line."""
+    value = dict(fake=1.0, fake_low=0.5, fake_high=1.5, floor=2.0)
+    for name, about in (('a', dict(metrics=dict(x=value, y=dict.fromkeys(value, math.nan)))), ('b', dict(metrics=dict(x=dict(value, floor=math.nan), y=value))),
+                        ('c', dict(metrics=dict(z=value))), ('d', dict(detector={}))):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'metrics.json').write_text(json.dumps(about))
+    run = lambda *names: (analysis.main(analysis.get_args(['compare', *(str(tmp_path / n) for n in names), '--out', str(tmp_path / ''.join(names) / 'out')])),
+                          capsys.readouterr().out)[1]
+    assert 'd: its metrics.json holds no metrics of a set' in run('a', 'b', 'd')
+    table = {r['metric']: r for r in common.read_csv(tmp_path / 'abd/out/metrics.csv')}
+    assert table['x']['a'] == '1.000 [0.500, 1.500]' and table['y']['a'].startswith('nan') and (tmp_path / 'abd/out/metrics.png').stat().st_size > 500
+    assert 'a, c: have no metric in common' in run('a', 'c') and not (tmp_path / 'ac/out/metrics.png').exists() and 'nothing to compare' in run('d')
+    analysis.bars(tmp_path / 'all.png', {'x': {'a': dict.fromkeys(value, math.nan)}})
+    analysis.bars(tmp_path / 'two.png', {'x': {'a': dict.fromkeys(value, math.nan), 'b': value}})
+    image = lambda v: np.asarray(common.Image.open(tmp_path / v))
+    coloured = lambda v: (np.ptp(image(v).astype(int), 2) > 20).any(1).nonzero()[0]
+    assert not len(coloured('all.png')) and coloured('two.png').min() > 24 + 18                         # the second row alone
 
 
 def test_timesteps(trained, tmp_path, capsys):
@@ -69,6 +91,18 @@ def test_release(trained, call, phantom, tmp_path, capsys):
         with pytest.raises(SystemExit) as e:
             analysis.main(analysis.get_args(['release', str(run), str(file)]))
         assert e.value.code == 2
+
+
+def test_masks_are_read_as_the_run_read_them(phantom, cache, monkeypatch):
+    """attention and uncertainty draw masks with the labels and the speck of their run."""
+    asked, load = [], analysis.load_slices
+    monkeypatch.setattr(analysis, 'load_slices', lambda *a, **kw: (asked.append((kw['labels'], kw['speck'])), load(*a, **kw))[1])
+    for labels, tumour in (([1], True), ([7], False), (None, True)):
+        run = types.SimpleNamespace(args=types.SimpleNamespace(size=16, labels=labels, speck=2.0), box=(0.0, 0.0, 1.0, 1.0))
+        args = types.SimpleNamespace(data=[phantom], split=None, cache=cache, part='test', n=2, seed=0)
+        with contextlib.nullcontext() if tumour else pytest.raises(SystemExit):
+            assert analysis.tumour_rows(run, args)[1].sum() > 0
+    assert asked == [((1,), 2.0), ((7,), 2.0), (None, 2.0)]
 
 
 def test_names():
@@ -154,6 +188,18 @@ def test_patients(judged, who, capsys):
     summary = json.loads((judged / 'out/patients.json').read_text())
     assert summary['stand_out'] == ['p4'] and summary['bad'] == 16 and summary['undecided'] == (who == 'answers') and '1 judged images without a source' in told
     assert summary['tarone_z'] == pytest.approx(analysis.tarone([12, 1, 1, 1, 1], [20, n0, 20, 20, 20])[0]) and (judged / 'out/patients.png').stat().st_size > 1000
+
+
+def test_verdicts_of_sets_of_one_name(tmp_path, capsys):
+    """a/set and b/set are two; one that was judged elsewhere is known by its name, unless two have it."""
+    answer = lambda root, verdict: dict(set=str(root / 'set'), folder='f', verdict=verdict, repeat='0')
+    said = [answer(tmp_path / 'a', 'bad'), answer(tmp_path / 'a', 'bad'), answer(tmp_path / 'b', 'good'), answer(tmp_path / 'b/../b', 'good')]
+    assert analysis.verdicts(said, tmp_path / 'a/set') == ({'f': True}, 0) and analysis.verdicts(said, tmp_path / 'b/set') == ({'f': False}, 0)
+    assert analysis.verdicts(said[2:], tmp_path / 'moved/set') == ({'f': False}, 0)
+    with pytest.raises(SystemExit) as e:
+        analysis.verdicts(said, tmp_path / 'moved/set')
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and f'--fake {tmp_path}/moved/set: people judged {tmp_path}/a/set and ' in err
 
 
 # -- taxonomy ---------------------------------------------------------------------------------------------------------
@@ -252,6 +298,11 @@ def test_onset(tmp_path, detector, monkeypatch, capsys):
     assert '3 are so for good from t >= 0.5 (structure), 4 only below it' in capsys.readouterr().out
     for name in ('onset.png', 'classes.png', 'trajectories.png'):
         assert (tmp_path / 'out' / name).stat().st_size > 500
+    common.write_csv(fake / 'manifest.csv', ['folder', 'source_patient'], [[f'syn_0_{i:06d}', f'p{i // 30}'] for i in range(n)])       # all bad ones are p0's
+    analysis.main(analysis.get_args(['onset', '--fake', str(fake), '--gate', str(detector()), '--out', str(tmp_path / 'two'), '--repeats', '20', '--device', 'cpu']))
+    two = {float(r['t']): r for r in common.read_csv(tmp_path / 'two/onset.csv')}
+    assert all(two[at]['auc'] == r['auc'] for at, r in rows.items()) and {k: two[0.75][k] for k in ('low', 'high')} != {k: rows[0.75][k] for k in ('low', 'high')}
+    assert float(two[0.75]['low']) == float(two[0.75]['high']) == pytest.approx(float(two[0.75]['auc']), abs=1e-3)          # a draw holds all of p0's or nothing: one AUC
 
 
 def test_onset_of_a_set(call, trained, phantom, detector, tmp_path):

@@ -2,6 +2,7 @@
 import gzip
 import json
 import math
+import os
 import shutil
 import types
 
@@ -204,6 +205,31 @@ def test_the_same_command_goes_on(atlas, capsys):
     refused(capsys, ['--labels', 'shape'], atlas.run, '--labels', atlas.root / 'data/slice/seg.nii.gz')
     refused(capsys, ['--template', 'no such file', 'README'], atlas.run, '--template', atlas.root / 'none.nii.gz')
     refused(capsys, ['--fake', 'sample.json'], atlas.run, '--fake', atlas.root / 'data')
+
+
+def test_a_changed_image_is_registered_again(atlas, capsys, monkeypatch):
+    """Another file under the name of a patient: size or time tell; the others are left alone. An older atlas.json, which does not say, is taken as it is."""
+    file, out = atlas.root / 'data/slice/bravo.nii.gz', atlas.root / 'again'
+    shutil.copytree(atlas.root / 'out', out)
+    told = lambda: json.loads((out / 'atlas.json').read_text())['patients']
+    older, stat, calls = told(), file.stat(), []
+    assert (older['slice']['size'], older['slice']['mtime_ns']) == (stat.st_size, stat.st_mtime_ns)
+    real = evaluate.search
+    monkeypatch.setattr(evaluate, 'search', lambda *a: (calls.append('slice'), real(*a))[1])
+    monkeypatch.setattr(evaluate, 'register', lambda *a: calls.append('volume'))
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    atlas.run('--out', out)
+    assert calls == ['slice'] and 'slice/bravo.nii.gz: has changed since it was registered' in capsys.readouterr().out
+    assert told()['slice']['mtime_ns'] == stat.st_mtime_ns + 1 and told()['slice']['matrix'] == older['slice']['matrix'] and told()['volume'] == older['volume']
+    atlas.run('--out', out)
+    assert calls == ['slice'] and 'has changed' not in capsys.readouterr().out
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    state = json.loads((out / 'atlas.json').read_text())
+    for d in state['patients'].values():
+        del d['size'], d['mtime_ns']
+    (out / 'atlas.json').write_text(json.dumps(state))
+    atlas.run('--out', out)
+    assert calls == ['slice']
 
 
 def fakes(atlas, name, bravo, rows):

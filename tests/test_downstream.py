@@ -246,6 +246,8 @@ def study(phantom, cache, trained, call, tmp_path_factory):
     write_csv(root / 'split.csv', ['patient', 'part'], [(n, 'train' if i < 9 else 'test') for i, n in enumerate(names)])
     for k in (0, 1):
         call('sample', root / f'set{k}', '--bravo', trained / 'bravo', '--data', phantom, '--split', root / 'split.csv', '--n', 6, '--steps', 2, '--seed', k)
+        file = root / f'set{k}/sample.json'                                                # the run had another split; an older set does not say
+        file.write_text(json.dumps({**json.loads(file.read_text()), 'split': None}))
 
     def go(*flags):
         first = ['downstream', '--data', phantom, '--split', root / 'split.csv', '--cache', cache, '--device', 'cpu', '--out', root / 'out', '--fake', root / 'set0',
@@ -280,6 +282,20 @@ def test_study(study, monkeypatch, capsys):
     trainings.clear()
     study('--arms', 'real', 'both', 'real_aug', 'both_aug', 'synthetic')
     assert trainings == [(33, False)] and (out / 'metrics.json').read_bytes() == before
+    made, test = (study.root / 'set0/sample.json').read_text(), sorted(p['patient'] for p in patients)[0]
+    (study.root / 'set0/sample.json').write_text(json.dumps({**json.loads(made), 'split': {test: 'train'}}))
+    with pytest.raises(SystemExit) as e:
+        study()
+    assert e.value.code == 2 and f'set0: patient {test} was a training patient' in capsys.readouterr().err
+    (study.root / 'set0/sample.json').write_text(made)
+    for file, change in (('manifest.csv', lambda v: v.replace('syn_0_000001,1,', 'syn_0_000001,7,')), ('sample.json', lambda v: v.replace('"seed": 0', '"seed": 5'))):
+        whole = (study.root / 'set0' / file).read_text()                                   # a set made anew at the same path
+        assert change(whole) != whole
+        (study.root / 'set0' / file).write_text(change(whole))
+        with pytest.raises(SystemExit) as e:
+            study()
+        assert e.value.code == 2 and 'hash of --fake' in capsys.readouterr().err
+        (study.root / 'set0' / file).write_text(whole)
     for flags, words in ((('--iters', '3'), '--iters 3 (was 2)'), (('--fake', study.root / 'set1'), 'set1'), (('--width', '4'), '--width 4 (was 2)')):
         with pytest.raises(SystemExit) as e:
             study(*flags)
@@ -294,6 +310,7 @@ def test_cross_validation(study, capsys):
     part = {r['patient']: r['part'] for r in read_csv(study.root / 'split.csv')}
     assert {part[r['patient']] for r in rows} == {'train'} and len({r['patient'] for r in rows}) == 9 and {r['arm'] for r in rows} == {'real_aug'}
     assert len(rows) == len({(r['folder'], r['slice'], r['lesion']) for r in rows}) and not (out / 'lesions.csv').exists()
+    assert {r['patient']: r['part'] for r in read_csv(out / 'split.csv')} == part
     assert '9 training patients in 3 folds' in capsys.readouterr().out
     args = evaluate.get_args(['downstream', '--data', 'tests', '--fake', str(study.root / 'set0'), '--gated', str(study.root / 'set1')])
     assert args.arms == list(evaluate.ARMS) and args.size == 16 and args.minutes == 5

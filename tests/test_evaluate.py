@@ -1,13 +1,15 @@
 """The yardsticks of evaluate.py: closed forms, identities, and sets whose answer is known."""
+import contextlib
 import json
 import math
+import types
 
 import numpy as np
 import pytest
 import torch
 
 import evaluate
-from common import write_csv, write_patient
+from common import load_slices, read_csv, write_csv, write_patient
 from evaluate import (copies, dice, distances, draw, frechet, kid, lesions, match, memorisation, ms_ssim, polynomial_kernel, prdc, radial_spectrum,
                       spearman, train_segmenter, wasserstein)
 
@@ -59,6 +61,21 @@ def test_prdc():
     assert one_mode['precision'] == 1 and one_mode['recall'] < 0.05 and one_mode['coverage'] < 0.1
     d = distances(x)
     np.testing.assert_allclose(d[3, 7], np.linalg.norm(x[3] - x[7]))
+
+
+def test_draws_of_too_few_images():
+    """Fewer than k + 1 images on a side, or k neighbours of an image: all four nan; one distinct image: no KID, no Frechet; an interval of some such draws."""
+    x = normal(40, 8)
+    d, many = distances(x), np.arange(20, 40)
+    for few in (np.arange(1), np.arange(4), np.arange(5), np.array([0] * 8 + [1, 2])):
+        for found in (prdc(d, few, many), prdc(d, many, few)):
+            assert list(found) == ['precision', 'recall', 'density', 'coverage'] and all(map(math.isnan, found.values()))
+    assert all(map(math.isfinite, prdc(d, np.arange(6), many).values())) and all(map(math.isfinite, prdc(d, np.array([0, 1, 2] * 5), many).values()))
+    for f in (lambda a, b: kid(polynomial_kernel(x), a, b), lambda a, b: frechet(x, a, b)):
+        assert math.isnan(f(np.array([3, 3, 3]), many)) and math.isnan(f(many, np.array([3]))) and math.isfinite(f(np.array([3, 4]), many))
+    draws = [({'m': v}, {'m': 0.0}) for v in (1.0, math.nan, 1.0)]
+    assert evaluate.intervals(['m'], [{'m': 1.0}, {'m': 0.0}], draws) == [['m', 1, 1, 1, 0, 0, 0, 1, 1]]
+    assert ms_ssim(torch.zeros(0, 1, 64, 64), torch.zeros(0, 1, 64, 64)).shape == (0,)               # of a draw of one image
 
 
 def test_spectrum():
@@ -126,6 +143,30 @@ def test_copies(tmp_path):
     images[100:102] = 1.3 * images[:2] + 0.2 + 0.05 * normal(2, 16, 16)
     cut, nearest = copies(images, np.arange(100, 115), np.arange(50), np.arange(50, 100), tmp_path)
     assert set(np.flatnonzero(nearest > cut)) == {0, 1} and (tmp_path / 'nearest.png').stat().st_size > 1000
+    picture = (tmp_path / 'nearest.png').read_bytes()
+    in_blocks = copies(images, np.arange(100, 115), np.arange(50), np.arange(50, 100), tmp_path, 4)
+    assert in_blocks[0] == cut and np.allclose(in_blocks[1], nearest, atol=1e-6) and (tmp_path / 'nearest.png').read_bytes() == picture
+
+
+@pytest.mark.parametrize('n, few', [(8, True), (9, True), (100, False)])
+def test_a_large_set_is_measured_on_a_draw(phantom, cache, tmp_path, monkeypatch, capsys, n, few):
+    """Of 28 fakes at most 3 n are compared, the same in each run, and copies are looked for among all; a set that is no larger is whole and in its order."""
+    data, fake = load_slices([phantom], 16, cache=cache), tmp_path / 'set'
+    rows = np.resize([i for i, p in enumerate(data.part) if p == 'train'], 28)
+    for k, i in enumerate(rows):
+        write_patient(fake / f'syn_{k:02d}', {'bravo': data.images[i, 0]}, data.masks[i, 0], (1.0, 1.0))
+    write_csv(fake / 'manifest.csv', ['folder', 'source_patient'], [[f'syn_{k:02d}', ''] for k in range(28)])
+    (fake / 'sample.json').write_text(json.dumps(dict(bravo='x', weights='ema', pixels=16, box=list(data.box))))
+    seen = []
+    monkeypatch.setattr(evaluate, 'radial_spectrum', lambda images: (seen.append(images), radial_spectrum(images))[1])
+    for out in ('a', 'b'):
+        evaluate.main(evaluate.get_args(['quality', '--fake', str(fake), '--data', str(phantom), '--vgg-weights', 'none', '--cache', str(cache), '--repeats', '20',
+                                         '--n', str(n), '--out', str(tmp_path / out), '--device', 'cpu']))
+    told = json.loads((tmp_path / 'a/metrics.json').read_text())
+    assert told == json.loads((tmp_path / 'b/metrics.json').read_text()) and np.array_equal(*seen)
+    whole = np.concatenate([data.images[data.rows(p, 0.2, 0)] for p in ('train', 'test', 'val', 'judge')] + [data.images[rows]])[:, 0]
+    assert ('copies on all' in capsys.readouterr().out) == few and told['sizes']['fake'] == '28 images of 28' and told['copies'] == 28
+    assert len(seen[0]) == len(whole) - max(28 - 3 * n, 0) if few else np.array_equal(seen[0], whole)
 
 
 def test_draw():
@@ -232,6 +273,8 @@ def test_cycle(trained, call, phantom, cache, tmp_path, monkeypatch, capsys):
     names = sorted(f.name for f in phantom.iterdir())
     write_csv(tmp_path / 'split.csv', ['patient', 'part'], [(n, ('train', 'judge', 'test', 'train')[i % 4]) for i, n in enumerate(names)])
     fake = call('sample', tmp_path / 'set', '--bravo', trained / 'bravo', '--data', phantom, '--split', tmp_path / 'split.csv', '--n', 12, '--steps', 2)
+    made = {**json.loads((fake / 'sample.json').read_text()), 'split': None}                        # the run had another split; an older set does not say
+    (fake / 'sample.json').write_text(json.dumps(made))
     run = lambda *flags: evaluate.main(evaluate.get_args(['cycle', '--fake', str(fake), '--data', str(phantom), '--out', str(tmp_path / 'out'), '--cache', str(cache),
                                                           '--repeats', '20', '--device', 'cpu', *flags]))
     known, load = {}, evaluate.load_slices
@@ -249,15 +292,45 @@ def test_cycle(trained, call, phantom, cache, tmp_path, monkeypatch, capsys):
     assert asked == [(told['judge_slices'], 7)] and told['judge_slices'] >= 8
     own, shuffled = told['metrics']['Dice, own masks'], told['metrics']['Dice, shuffled masks']
     assert own['fake'] == own['floor'] == 1 and shuffled['floor'] < 0.9 and shuffled['fake'] < 0.9
+    data, of = load([phantom], 16, split=tmp_path / 'split.csv', cache=cache), {}                     # 3 test patients: at most 9 slices, so all of the others'
+    for i in data.rows('test', 0.0):
+        of.setdefault(data.table[i]['patient'], []).append(data.masks[i])
+    by_hand = [np.mean([dice(m, v)[0] for q, some in of.items() if q != p for v in some]) for p, mine in of.items() for m in mine]
+    assert len(of) == 3 and shuffled['floor'] == pytest.approx(np.mean(by_hand))
+    seen = next(iter(of))
+    for split, ok in (({seen: 'judge'}, True), ({seen: 'train'}, False)):
+        (fake / 'sample.json').write_text(json.dumps(dict(made, split=split)))
+        with contextlib.nullcontext() if ok else pytest.raises(SystemExit) as e:
+            run('--split', str(tmp_path / 'split.csv'), '--train-steps', '7')
+    assert e.value.code == 2 and f'{fake}: patient {seen} was a training patient of the run that made it, here it is in the test part' in capsys.readouterr().err
+    (fake / 'sample.json').write_text(json.dumps(made))
+    rows = read_csv(fake / 'manifest.csv')
+    write_csv(fake / 'manifest.csv', list(rows[0]), [[v if k != 'source_patient' else rows[0][k] for k, v in r.items()] for r in rows])
+    with pytest.raises(SystemExit) as e:
+        run('--split', str(tmp_path / 'split.csv'), '--train-steps', '7')
+    assert e.value.code == 2 and f'images are of patient {rows[0]["source_patient"]}; masks of another' in capsys.readouterr().err
     assert len([m for m in told['metrics'] if m.startswith('lesions found')]) == 3 and (tmp_path / 'out/cycle.png').exists()
     with pytest.raises(SystemExit) as e:
         run()                                                                                 # one judge patient of three slices
     assert e.value.code == 2 and '--split' in capsys.readouterr().err
 
 
+def test_real_masks_are_read_as_the_run_read_them(tmp_path):
+    """sample.json's labels and speck say what a tumour is; without them (older sets) all labels, pieces from 4 mm2."""
+    mask = np.zeros((32, 32), np.uint8)
+    mask[4:12, 4:12], mask[4:12, 16:24], mask[24, 24:26] = 1, 2, 1                                     # 64, 64 and 2 mm2
+    for k in range(2):
+        write_patient(tmp_path / f'data/p{k}', {'bravo': np.where(disc(14, 16, 16, 32), 100, 0).astype(np.float32)}, mask, (1.0, 1.0))
+    args = types.SimpleNamespace(data=[tmp_path / 'data'], split=None, cache=tmp_path / 'cache')
+    for about, tumour in (({}, 32), (dict(labels=None, speck=0.0), 33), (dict(labels=[2], speck=4.0), 16), (dict(labels=[1], speck=0.0), 17)):
+        assert [t['tumour'] for t in evaluate.real_like(args, dict(pixels=16, box=[0.0, 0.0, 1.0, 1.0], **about)).table] == [tumour] * 2
+
+
 REFUSED = [('quality --fake {data} --data {data}', 'sample.json'), ('quality --fake {fake} --data none', '--data none'), ('quality --fake {fake}', '--data'),
            ('quality --fake {fake} --data {data} --vgg-weights none.pth', 'none.pth'), ('quality --fake {fake} --data {data} --part train', '--part'),
            ('quality --fake {fake} --data {data} --repeats 1', '--repeats'), ('quality --fake {fake} --data {data} --vgg-weights none', 'masks only'),
+           *((f'{c} --fake {{fake}} --data {{data}} {{fake}}', 'masks: is a synthetic set; give it with --fake')
+             for c in ('quality', 'cycle', 'coherence', 'dual', 'readers plan', 'downstream')),
            ('cycle --fake {fake} --data {data}', 'masks only'), ('control --fake {fake}', '--count'), ('none', 'quality'), ('', 'COMMAND')]
 
 
