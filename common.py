@@ -603,7 +603,7 @@ def decode_patient(patient, size, box, speck, labels=None, depth=None):
     its spacing (z, y, x); pieces of its mask below speck^1.5 mm^3 are dropped (a cube on a square of speck mm^2).
     A synthetic patient is taken as it is: its files are already in [-1, 1] and cut to the box.
     """
-    images, mask, spacing, notes = read_patient(patient, labels)
+    images, mask, spacing, notes = read_patient(patient, None if patient['synthetic'] else labels)      # what a model drew is tumour, 1
     head = head_mask(images[0])
     if patient['synthetic']:
         box, speck = (0.0, 0.0, 1.0, 1.0), 0.0

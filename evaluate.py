@@ -225,14 +225,14 @@ def real_like(args, made, names=('bravo',), parts=()):
     """The patients of --data as slices like those that the run behind a set (its sample.json) was trained on: same size, brain box, labels and specks.
     Its training patients may be in none of the parts that are to be new to it."""
     data = load_slices(args.data, made['pixels'], names, made['box'], getattr(args, 'split', None), args.cache,
-                       made.get('labels') and tuple(made['labels']), made.get('speck', 4.0))
+                       made.get('labels'), made.get('speck', 4.0))
     refuse_seen(args.fake, made, data, parts)
     return data
 
 
 def refuse_seen(root, made, data, parts):
     """Fails where a patient of these parts was a training patient of the run that made the set; older sets do not say."""
-    known = made.get('split') if isinstance(made.get('split'), dict) else {}                      # in older sets it is the flag --split
+    known = made.get('parts', {})
     for row, part in zip(data.table, data.part):
         if part in parts and known.get(row['patient']) == 'train':
             fail(f'{root}: patient {row["patient"]} was a training patient of the run that made it, here it is in the {part} part; '

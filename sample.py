@@ -500,7 +500,7 @@ class Set:
         seen = [(Path(r.path) if Path(r.path).is_dir() else Path(r.path).parent) / 'split.csv' for r in runs.values()]
         parts = sorted({(p['patient'], p['part']) for f in seen if f.exists() for p in read_csv(f)}, key=lambda p: p[1] == 'train')      # of any run wins
         same.update({k: r.hash for k, r in runs.items()}, pixels=last.args.size, box=list(last.box), labels=last.args.labels, speck=last.args.speck,
-                    split=dict(parts), per_patient=bool(args.per_patient) or None,
+                    parts=dict(parts), per_patient=bool(args.per_patient) or None,
                     gate=judge.detector and judge.detector.hash, hard=args.hard_cases and hashlib.sha256(Path(args.hard_cases).read_bytes()).hexdigest(), dual=last.args.dual,
                     asked=[[[None if math.isnan(v) else round(float(v), 6) for v in lesion] for lesion in r] for r in requests])
         note = self.out / 'sample.json'

@@ -247,7 +247,7 @@ def study(phantom, cache, trained, call, tmp_path_factory):
     for k in (0, 1):
         call('sample', root / f'set{k}', '--bravo', trained / 'bravo', '--data', phantom, '--split', root / 'split.csv', '--n', 6, '--steps', 2, '--seed', k)
         file = root / f'set{k}/sample.json'                                                # the run had another split; an older set does not say
-        file.write_text(json.dumps({**json.loads(file.read_text()), 'split': None}))
+        file.write_text(json.dumps({**json.loads(file.read_text()), 'parts': {}}))
 
     def go(*flags):
         first = ['downstream', '--data', phantom, '--split', root / 'split.csv', '--cache', cache, '--device', 'cpu', '--out', root / 'out', '--fake', root / 'set0',
@@ -283,7 +283,7 @@ def test_study(study, monkeypatch, capsys):
     study('--arms', 'real', 'both', 'real_aug', 'both_aug', 'synthetic')
     assert trainings == [(33, False)] and (out / 'metrics.json').read_bytes() == before
     made, test = (study.root / 'set0/sample.json').read_text(), sorted(p['patient'] for p in patients)[0]
-    (study.root / 'set0/sample.json').write_text(json.dumps({**json.loads(made), 'split': {test: 'train'}}))
+    (study.root / 'set0/sample.json').write_text(json.dumps({**json.loads(made), 'parts': {test: 'train'}}))
     with pytest.raises(SystemExit) as e:
         study()
     assert e.value.code == 2 and f'set0: patient {test} was a training patient' in capsys.readouterr().err

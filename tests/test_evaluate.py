@@ -273,7 +273,7 @@ def test_cycle(trained, call, phantom, cache, tmp_path, monkeypatch, capsys):
     names = sorted(f.name for f in phantom.iterdir())
     write_csv(tmp_path / 'split.csv', ['patient', 'part'], [(n, ('train', 'judge', 'test', 'train')[i % 4]) for i, n in enumerate(names)])
     fake = call('sample', tmp_path / 'set', '--bravo', trained / 'bravo', '--data', phantom, '--split', tmp_path / 'split.csv', '--n', 12, '--steps', 2)
-    made = {**json.loads((fake / 'sample.json').read_text()), 'split': None}                        # the run had another split; an older set does not say
+    made = {**json.loads((fake / 'sample.json').read_text()), 'parts': {}}                        # the run had another split; an older set does not say
     (fake / 'sample.json').write_text(json.dumps(made))
     run = lambda *flags: evaluate.main(evaluate.get_args(['cycle', '--fake', str(fake), '--data', str(phantom), '--out', str(tmp_path / 'out'), '--cache', str(cache),
                                                           '--repeats', '20', '--device', 'cpu', *flags]))
@@ -299,7 +299,7 @@ def test_cycle(trained, call, phantom, cache, tmp_path, monkeypatch, capsys):
     assert len(of) == 3 and shuffled['floor'] == pytest.approx(np.mean(by_hand))
     seen = next(iter(of))
     for split, ok in (({seen: 'judge'}, True), ({seen: 'train'}, False)):
-        (fake / 'sample.json').write_text(json.dumps(dict(made, split=split)))
+        (fake / 'sample.json').write_text(json.dumps(dict(made, parts=split)))
         with contextlib.nullcontext() if ok else pytest.raises(SystemExit) as e:
             run('--split', str(tmp_path / 'split.csv'), '--train-steps', '7')
     assert e.value.code == 2 and f'{fake}: patient {seen} was a training patient of the run that made it, here it is in the test part' in capsys.readouterr().err
@@ -321,7 +321,7 @@ def test_real_masks_are_read_as_the_run_read_them(tmp_path):
     mask[4:12, 4:12], mask[4:12, 16:24], mask[24, 24:26] = 1, 2, 1                                     # 64, 64 and 2 mm2
     for k in range(2):
         write_patient(tmp_path / f'data/p{k}', {'bravo': np.where(disc(14, 16, 16, 32), 100, 0).astype(np.float32)}, mask, (1.0, 1.0))
-    args = types.SimpleNamespace(data=[tmp_path / 'data'], split=None, cache=tmp_path / 'cache')
+    args = types.SimpleNamespace(data=[tmp_path / 'data'], split=None, fake='set', cache=tmp_path / 'cache')
     for about, tumour in (({}, 32), (dict(labels=None, speck=0.0), 33), (dict(labels=[2], speck=4.0), 16), (dict(labels=[1], speck=0.0), 17)):
         assert [t['tumour'] for t in evaluate.real_like(args, dict(pixels=16, box=[0.0, 0.0, 1.0, 1.0], **about)).table] == [tumour] * 2
 
