@@ -580,8 +580,7 @@ def load_single(path, device):
 
 def tumour_rows(run, args):
     """Real masks with tumour of --part for a run, drawn with the seed: the slices (N,S,S), masks (N,1,S,S) and levels (N,)."""
-    data = load_slices(args.data, run.args.size, box=run.box, split=args.split, cache=args.cache, training=False,
-                       labels=run.args.labels and tuple(run.args.labels), speck=run.args.speck)
+    data = load_slices(args.data, run.args.size, ('bravo',), run.box, args.split, args.cache, run.args.labels, run.args.speck, training=False)
     rows = np.array([i for i in data.rows(args.part) if data.table[i]['tumour']], int)
     if len(rows) < args.n:
         fail(f'--n {args.n}: {len(rows)} slices of the {args.part} part have a tumour; ask for fewer, see --split')

@@ -1058,10 +1058,7 @@ def score(args):
     """scores.csv: p(bad), the classes given bad, the verdict, for each slice; best_worst.png."""
     device, out = setup(args), Path(args.out)
     detector = load_detector(args.detector, device)
-    labels = getattr(detector.args, 'labels', None)
-    if any((Path(d) / 'manifest.csv').is_file() for d in args.data):
-        labels = None                                                            # a synthetic mask has no label but 1
-    data = load_slices(args.data, detector.args.size, box=detector.box, cache=args.cache, labels=labels and tuple(labels), training=False)
+    data = load_slices(args.data, detector.args.size, box=detector.box, cache=args.cache, labels=detector.args.labels, training=False)
     z = logits_of(lambda i, m: detector_logits(detector, i, m), data.images, data.masks, device)
     p, threshold = 1 / (1 + np.exp(-z[:, 0])), detector.threshold
     if args.prior:

@@ -619,7 +619,7 @@ def decode_patient(patient, size, box, speck, labels=None, depth=None):
         masks, counts = shrink_mask(mask, (depth, size, size), math.prod(spacing), speck ** 1.5)
         notes.update(zip(('lesions kept', 'kept as one voxel', f'specks below {speck ** 1.5:g} mm3 dropped'), counts.tolist()))
         table = [dict(folder=patient['folder'].name, patient=patient['name'], source=patient['source'], synthetic=patient['synthetic'], z=int(use[0]),
-                      level=0.5, level_known=False, tumour=int(masks.sum()), spacing=[len(mask) * spacing[0] / depth, *pixel])]
+                      level=0.5, tumour=int(masks.sum()), spacing=[len(mask) * spacing[0] / depth, *pixel])]
         return np.ascontiguousarray(resample(images, size, depth)[None], np.float32), masks[None, None], table, notes
     notes['slices with too little head left out'] = len(mask) - len(use)
     images = resample(images, size)
@@ -630,7 +630,7 @@ def decode_patient(patient, size, box, speck, labels=None, depth=None):
     notes.update(zip(('lesions kept', 'kept as one pixel', f'specks below {speck:g} mm2 dropped'), counts.tolist()))
     levels = (use - use[0]) / (use[-1] - use[0]) if len(use) > 1 else [0.5 if patient['level'] is None else patient['level']]
     table = [dict(folder=patient['folder'].name, patient=patient['name'], source=patient['source'], synthetic=patient['synthetic'], z=int(z),
-                  level=float(level), level_known=len(use) > 1 or patient['level'] is not None, tumour=int(mask.sum()), spacing=pixel)
+                  level=float(level), tumour=int(mask.sum()), spacing=pixel)
              for z, level, mask in zip(use, levels, masks)]
     return np.ascontiguousarray(images[:, use].transpose(1, 0, 2, 3), np.float32), masks, table, notes
 

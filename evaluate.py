@@ -1831,10 +1831,8 @@ def plan_readers(args, out):
         fail(f'--fake {args.fake}: holds masks only; make images with sample.py --bravo RUN')
     fake = load_slices([args.fake], made['pixels'], cache=args.cache, training=False)
     real = real_like(args, made, parts=('test',))
-    level = {r['folder']: float(r['level']) for r in read_csv(Path(args.fake) / 'manifest.csv') if r['level']}
-    level = {id(t): t['level'] if t['level_known'] else level.get(t['folder'], t['level']) for data in (fake, real) for t in data.table}      # of a volume's slices their own
     sides = [(data, [data.table[i] for i in rows], rows) for data, rows in ((fake, range(len(fake.table))), (real, real.rows('test')))]
-    about = [np.array([(math.sqrt(t['tumour']) / made['pixels'], level[id(t)], t['tumour'] > 0) for t in table]).reshape(-1, 3) for _, table, _ in sides]
+    about = [np.array([(math.sqrt(t['tumour']) / made['pixels'], t['level'], t['tumour'] > 0) for t in table]).reshape(-1, 3) for _, table, _ in sides]
     want = {k: n for k, n in zip(KINDS, (args.n // 2, args.pairs, args.likert // 2)) if n}                # matched pairs, and one more each for practice
     todo = [(k, m == 0) for k, n in want.items() for m in range(n + 1)]
     if min(map(len, about)) < len(todo):

@@ -316,15 +316,15 @@ def test_majority_of_raters(phantom, cache, tmp_path):
 
 def test_score_reads_masks_as_the_detector_did(detector, phantom, cache, tmp_path, monkeypatch):
     """Its --labels for real patients; a synthetic set's masks have no label but 1, so all of them."""
-    d, asked, load = load_detector(detector), [], classifier.load_slices
-    d.args.labels = [2, 1]
+    d, seen, load = load_detector(detector), [], classifier.load_slices
+    d.args.labels = [2]                                                         # the phantom's masks hold 1 alone
     monkeypatch.setattr(classifier, 'load_detector', lambda *a: d)
     shutil.copytree(phantom, tmp_path / 'set')
     (tmp_path / 'set/manifest.csv').write_text('folder,source_patient\n' + ''.join(f'{f.name},\n' for f in phantom.iterdir()))
-    monkeypatch.setattr(classifier, 'load_slices', lambda *a, **kw: (asked.append(kw['labels']), load(*a, **kw))[1])
+    monkeypatch.setattr(classifier, 'load_slices', lambda *a, **kw: (seen.append(load(*a, **kw)), seen[-1])[1])
     for data in (phantom, tmp_path / 'set'):
         classifier.main(classifier.get_args(['score', '--detector', str(detector), '--data', str(data), '--cache', str(cache), '--out', str(tmp_path / 'out'), '--device', 'cpu']))
-    assert asked == [(2, 1), None]
+    assert [s.masks.any() for s in seen] == [False, True]
 
 
 def test_score_follows_threshold_and_prior(detector, phantom, cache, tmp_path):

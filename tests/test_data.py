@@ -238,7 +238,7 @@ def test_the_cache_knows_no_names_of_folders(tmp_path, monkeypatch, capsys):
     for i, level in enumerate(('', '0.7000')):
         write_patient(tmp_path / f'made/s{i}', {'bravo': data.images[i, 0]}, data.masks[i, 0], (2.0, 2.0))
     (tmp_path / 'made/manifest.csv').write_text('folder,source_patient,level\ns0,,\ns1,,0.7\n')
-    assert [(r['level'], r['level_known']) for r in load_slices(['made'], 16, cache=tmp_path / 'cache').table] == [(0.5, False), (0.7, True)]
+    assert [r['level'] for r in load_slices(['made'], 16, cache=tmp_path / 'cache').table] == [0.5, 0.7]
 
 
 def test_run_folder_says_who_saw_what(tmp_path, phantom):
