@@ -288,6 +288,9 @@ def find_patients(roots, modalities):
         manifest = read_csv(root / 'manifest.csv') if synthetic else []
         if manifest and not {'folder', 'source_patient'} <= manifest[0].keys():
             fail(f'{root}/manifest.csv: columns are {",".join(manifest[0])}; expected folder,source_patient among them')
+        wrong = [r['level'] for r in manifest if r.get('level') and not re.fullmatch(r'0(\.\d+)?|1(\.0+)?', r['level'])]
+        if wrong:
+            fail(f'{root}/manifest.csv: level {wrong[0]!r}; expected a number from 0 (lowest slice) to 1, or nothing')
         told = {r['folder']: (r['source_patient'], float(r['level']) if r.get('level') else None) for r in manifest}
         missing, found = [], 0
         for folder in sorted(f for f in root.iterdir() if f.is_dir() and not f.name.startswith('.')):

@@ -308,6 +308,7 @@ def main(args):
         before, old = judged(held, seeds, 'held-out')
     if rank() == 0:
         atomic_write(out / 'args.json', json.dumps(plain(args), indent=1).encode())
+        write_csv(out / 'split.csv', ['patient', 'part'], sorted({(r['patient'], part) for r, part in zip(data.table, data.part) if not r['synthetic']}))
         log = Log(out / 'log.csv', ['step', 'reward', 'drift', 'grad_norm', 's_per_step', 'held_out'], start)
     curve = curve or [[0, float(old.mean())]]
     print0(f'held-out reward {curve[0][1]:+.3f} before (minus the logit of bad; {float((old < 0).float().mean()):.0%} of {len(old)} images bad)')

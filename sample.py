@@ -396,6 +396,8 @@ class Masks:
             args.n = args.n or len(self.groups)
         if args.per_patient:
             names = sorted({item[2] for item in items} - {''})             # a mask that a model drew is nobody's
+            if not names:
+                fail(f'--per-patient {args.per_patient}: a model drew all masks of {" ".join(args.data)}, they are of no patient; give --n instead')
             self.groups = [[item for item in items if item[2] == name] for name in names]
             args.n = args.per_patient * len(names)
             out = {r['source'] or r['patient'] for r, part in zip(data.table, data.part) if part == args.part} - {*names}
@@ -498,7 +500,7 @@ class Set:
         self.headers = {'manifest': head + JUDGED, 'rejected': REJECTED} if judge.on else {'manifest': head}
         same = {k: v for k, v in plain(args).items() if k not in ('n', 'batch_size', 'splits', 'device', 'compile', 'out', 'cache', 'max_draws', 'rate')}
         seen = [(Path(r.path) if Path(r.path).is_dir() else Path(r.path).parent) / 'split.csv' for r in runs.values()]
-        parts = sorted({(p['patient'], p['part']) for f in seen if f.exists() for p in read_csv(f)}, key=lambda p: p[1] == 'train')      # of any run wins
+        parts = sorted({(p['patient'], p['part']) for f in seen if f.exists() and (f.parent / 'args.json').exists() for p in read_csv(f)}, key=lambda p: p[1] == 'train')      # of any run wins
         same.update({k: r.hash for k, r in runs.items()}, pixels=last.args.size, box=list(last.box), labels=last.args.labels, speck=last.args.speck,
                     parts=dict(parts), per_patient=bool(args.per_patient) or None,
                     gate=judge.detector and judge.detector.hash, hard=args.hard_cases and hashlib.sha256(Path(args.hard_cases).read_bytes()).hexdigest(), dual=last.args.dual,

@@ -598,7 +598,7 @@ def main(args):
     state = None if args.dry_run else open_run(args)
     print0(f'{out}: preset {args.preset}, {args.device}, {args.dtype}' + (f', going on from step {state["step"]}' if state else ''))
     roots = args.data or [phantom_root(args.cache)]
-    seen = state or (load_checkpoint(args.init) if args.reflow else args.latent and read_autoencoder(args.latent)[1])      # pairs and autoencoders have a box
+    seen = state or (load_run(args.init).__dict__ if args.reflow else args.latent and read_autoencoder(args.latent)[1])    # pairs and autoencoders have a box
     sizes = args.progressive or (args.size,)                                 # data has the last one: what the run is for
     sets = {s: load_slices(roots, s, args.dual or ('bravo',), seen and seen['box'], args.split, args.cache, args.labels, args.speck, depth=args.volume) for s in sizes}
     data = sets[args.size]

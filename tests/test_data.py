@@ -238,6 +238,12 @@ def test_the_cache_knows_no_names_of_folders(tmp_path, monkeypatch, capsys):
     for i, level in enumerate(('', '0.7000')):
         write_patient(tmp_path / f'made/s{i}', {'bravo': data.images[i, 0]}, data.masks[i, 0], (2.0, 2.0))
     (tmp_path / 'made/manifest.csv').write_text('folder,source_patient,level\ns0,,\ns1,,0.7\n')
+    for bad in ('x', 'nan', '1.5', '-0.1'):
+        (tmp_path / 'made/manifest.csv').write_text(f'folder,source_patient,level\ns0,,{bad}\n')
+        with pytest.raises(SystemExit) as e:
+            find_patients(['made'], ('bravo', 'seg'))
+        assert e.value.code == 2 and bad in capsys.readouterr().err
+    (tmp_path / 'made/manifest.csv').write_text('folder,source_patient,level\ns0,,\ns1,,0.7\n')
     assert [r['level'] for r in load_slices(['made'], 16, cache=tmp_path / 'cache').table] == [0.5, 0.7]
 
 

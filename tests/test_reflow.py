@@ -91,6 +91,13 @@ def test_pairs_keep_their_box(pairs, call, trained, phantom, tmp_path):
     assert common.load_run(out).box == (0.1, 0.1, 0.9, 0.9) != tuple(state['box'])
 
 
+def test_pairs_of_no_run(pairs, call, trained, tmp_path, capsys):
+    torch.save(common.load_checkpoint(trained / 'bravo')['net'], tmp_path / 'state.pt')
+    with pytest.raises(SystemExit) as e:
+        call('bravo', tmp_path / 'out', '--rflow', '--reflow', pairs, '--init', tmp_path / 'state.pt', '--init-target', 'v')
+    assert e.value.code == 2 and 'state.pt: is not a run' in capsys.readouterr().err
+
+
 def test_patients_held_back_stay_out(pairs, call, trained, phantom, tmp_path, capsys):
     bad = call('sample', tmp_path / 'bad', '--bravo', trained / 'bravo', '--data', phantom, '--part', 'test', '--pairs', '--n', 3, '--steps', 2)
     for flags, words in ((['--reflow', bad, '--init', trained / 'bravo', '--rflow'], 'test part'), (['--reflow', pairs, '--rflow'], '--init'),

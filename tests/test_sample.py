@@ -56,13 +56,16 @@ def test_masks_of_patients(make, runs, phantom):
     assert {p['source'] for p in find_patients([out], ('bravo', 'seg'))} == {r['source_patient'] for r in rows}
 
 
-def test_masks_of_masks(make, runs, phantom):
+def test_masks_of_masks(make, runs, phantom, capsys):
     """Images on the masks of a set: nobody's masks stay nobody's, levels stay, and the result may train; with no network told a level, none is noted."""
     first, before = make('x', '--seg', runs / 'seg', '--bravo', runs / 'bravo', '--steps', 2, '--seg-steps', 2)
     for name, source in (('y', '--data'), ('z', '--masks')):
         out, rows = make(name, source, first, '--bravo', runs / 'bravo', '--steps', 2)
         assert {r['source_patient'] for r in rows} == {''} and {r['level'] for r in rows} == {r['level'] for r in before}
         assert common.load_slices([out], 16, cache=out.parent / 'c').part == ['train'] * 3
+    with pytest.raises(SystemExit) as e:
+        sample.main(sample.get_args([*map(str, ('--data', first, '--bravo', runs / 'bravo', '--per-patient', 2, '--out', first.parent / 'v', '--cache', runs / 'cache'))]))
+    assert e.value.code == 2 and 'no patient; give --n' in capsys.readouterr().err
     assert {r['level'] for r in make('w', '--masks', phantom, '--bravo', runs / 'ddpm', '--steps', 2)[1]} == {''}
 
 
