@@ -30,20 +30,25 @@ def test_attention(n, m, dtype, limit):
 
 @pytest.mark.parametrize('dtype, limit', [(torch.float64, 2e-6), (torch.float32, 2e-6), (torch.bfloat16, 0.01)], ids=str)
 @pytest.mark.parametrize('shape, groups', [((3, 12, 6, 4), 4), ((2, 24, 16, 16), 8), ((1, 8, 5, 7), 8), ((2, 6, 4, 4), 1)], ids=str)
-def test_group_norm(shape, groups, dtype, limit):
-    """Group norm in channels_last: result and gradients of input, weight and bias."""
+@pytest.mark.parametrize('silu', [False, True], ids=['norm', 'silu'])
+def test_group_norm(shape, groups, silu, dtype, limit):
+    """Group norm in channels_last, without and with SiLU: result and gradients of input, weight and bias; SiLU's input is not kept."""
     g = generator('norm')
     x = (3 * torch.randn(shape, generator=g, dtype=torch.float64) + 2).to(dtype).to(memory_format=torch.channels_last)
     weight, bias, w = (torch.randn(s, generator=g, dtype=torch.float64) for s in (shape[1], shape[1], shape))
     norm = GroupNorm(groups, shape[1], eps=1e-6)
 
     def ours(x, weight, bias):
-        return torch.func.functional_call(norm, dict(weight=weight, bias=bias), (x,))
+        return torch.func.functional_call(norm, dict(weight=weight, bias=bias), (x, silu))
 
+    plain = lambda x, *a: (F.silu if silu else lambda y: y)(F.group_norm(x, groups, *a, 1e-6))
+    kept = []
     own = torch.float64 if dtype == torch.float64 else torch.float32                       # under autocast weights stay fp32
-    found = gradients(ours, (x, weight.to(own), bias.to(own)), w)
+    with torch.autograd.graph.saved_tensors_hooks(lambda v: kept.append(v.numel()) or v, lambda v: v):
+        found = gradients(ours, (x, weight.to(own), bias.to(own)), w)
+    assert sum(kept) == x.numel() + 2 * shape[1] + 2 * shape[0] * groups                   # input, weight and bias, means and deviations
     assert type(ours(x.requires_grad_(), weight.to(own), bias.to(own)).grad_fn).__name__ == 'CPUGroupNormBackward'
-    assert gap(found, gradients(lambda *a: F.group_norm(a[0], groups, *a[1:], 1e-6), [v.detach().double() for v in (x, weight, bias)], w)) < limit
+    assert gap(found, gradients(plain, [v.detach().double() for v in (x, weight, bias)], w)) < limit
 
 
 @pytest.mark.parametrize('dtype, limit', [('fp32', 1e-5), ('bf16', 0.03)])
