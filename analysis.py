@@ -118,7 +118,7 @@ def compare(args):
     out, names = Path(args.out), short_names(args.runs)
     out.mkdir(parents=True, exist_ok=True)
     runs = {n: Path(r) for n, r in zip(names, args.runs) if (Path(r) / 'log.csv').is_file()}
-    sets = {n: json.loads((Path(r) / 'metrics.json').read_text()) for n, r in zip(names, args.runs) if (Path(r) / 'metrics.json').is_file()}
+    sets = {n: dict(json.loads((Path(r) / 'metrics.json').read_text()), at=r) for n, r in zip(names, args.runs) if (Path(r) / 'metrics.json').is_file()}
     saved = []
     for n in [n for n, v in sets.items() if 'metrics' not in v]:
         print0(f'{n}: its metrics.json holds no metrics of a set (of a detector, say); left out')
@@ -160,7 +160,28 @@ def compare(args):
         write_csv(out / 'metrics.csv', ['metric', *sets, 'floor'], rows)
         bars(out / 'metrics.png', {m: {n: s['metrics'][m] for n, s in sets.items()} for m in metrics})
         saved += ['metrics.csv', 'metrics.png']
+        names, rows = differences(sets, metrics)
+        if names:
+            print0()
+            print_table([f'less {next(iter(sets))}; * where 0 is outside', *names], rows)
+            write_csv(out / 'differences.csv', ['metric', *names], rows)
+            saved.append('differences.csv')
     print0(f'look at {", ".join(str(out / f) for f in saved)}' if saved else 'nothing to compare')
+
+
+def differences(sets, metrics):
+    """Of each set to the first, with 95 %: names, rows of cells. Sets with masks of the same patients are drawn alike by the bootstrap of
+    evaluate.py quality (the same `drawn`), so the difference is taken draw by draw, where what the patients do to both is gone."""
+    first, *names = sets
+    names = [n for n in names if sets[n].get('drawn') and all(sets[n].get(k) == sets[first].get(k) for k in ('drawn', 'repeats'))]
+    draws = {n: read_csv(Path(sets[n]['at']) / 'draws.csv') for n in (first, *names)} if names else {}
+
+    def cell(n, m):
+        gaps = [float(a[m]) - float(b[m]) for a, b in zip(draws[n], draws[first])]
+        low, high = np.percentile([g for g in gaps if math.isfinite(g)] or [math.nan], (2.5, 97.5))
+        return f'{sets[n]["metrics"][m]["fake"] - sets[first]["metrics"][m]["fake"]:+.3f} [{low:+.3f}, {high:+.3f}]{"*" if low * high > 0 else ""}'
+
+    return names, [[m, *(cell(n, m) for n in names)] for m in metrics]
 
 
 def timesteps(args):

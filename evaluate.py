@@ -336,8 +336,11 @@ def quality(args):
     draws = [both(('draw', k), True) for k in progress(range(args.repeats), 'bootstrap')]
     mean = [{name: np.mean([p[side][name] for p in points]) for name in points[0][side]} for side in (0, 1)]
     cut, nearest = copies(*everything, out, max(4096, 3 * args.n))
+    # sets with masks of the same patients, in the same order, are drawn alike: compare takes their draws in pairs
+    alike = seed_of(args.part, args.seed, args.n, args.vgg_weights == 'none', *patients, *map(len, (train, test, others, fakes)))
+    write_csv(out / 'draws.csv', list(mean[0]), [[float(d[0][name]) for name in mean[0]] for d in draws])
     report(out, intervals(list(mean[0]), mean, draws), dict(
-        fake=args.fake, hash=made['bravo'], part=args.part, n=int(min(len(fakes), len(train), len(test), args.n)), sizes=sizes, repeats=args.repeats,
+        fake=args.fake, hash=made['bravo'], part=args.part, n=int(min(len(fakes), len(train), len(test), args.n)), sizes=sizes, repeats=args.repeats, drawn=alike,
         correlation_cut=cut, copies=int((nearest > cut).sum())))
     cycles = np.arange(1, spectrum.shape[1] + 1)
     plot(out / 'spectrum.png', {n: (cycles, spectrum[i].mean(0)) for n, i in (('fake', fakes), ('train', train), (args.part, test))},

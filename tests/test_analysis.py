@@ -33,6 +33,17 @@ def test_compare(trained, call, phantom, cache, tmp_path, capsys):
     assert table['spectrum, dB']['b'].startswith(f'{wanted["fake"]:.3f} [') and float(table['spectrum, dB']['floor']) == pytest.approx(wanted['floor'], abs=1e-3)
     for name in ('loss.png', 'held_out.png', 'loss_by_t.png', 'metrics.png'):
         assert (tmp_path / 'out' / name).stat().st_size > 1000
+    # the same masks: differences draw by draw, narrower than the two intervals say; a set drawn otherwise has none
+    value = {n: json.loads((tmp_path / n / 'metrics.json').read_text())['metrics']['MS-SSIM within'] for n in 'ab'}
+    draws = {n: [float(r['MS-SSIM within']) for r in csv.DictReader(open(tmp_path / n / 'draws.csv'))] for n in 'ab'}
+    low, high = np.percentile(np.subtract(draws['b'], draws['a']), (2.5, 97.5))
+    found = {r['metric']: r['b'] for r in csv.DictReader(open(tmp_path / 'out/differences.csv'))}['MS-SSIM within']
+    assert found.rstrip('*') == f'{value["b"]["fake"] - value["a"]["fake"]:+.3f} [{low:+.3f}, {high:+.3f}]' and found.endswith('*') == (low * high > 0)
+    assert len(draws['a']) == 20 and high - low < value['a']['fake_high'] - value['b']['fake_low'] - (value['a']['fake_low'] - value['b']['fake_high'])
+    evaluate.main(evaluate.get_args(['quality', '--fake', str(tmp_path / 'set_b'), '--data', str(phantom), '--vgg-weights', 'none', '--out', str(tmp_path / 'c'),
+                                     '--cache', str(cache), '--repeats', '20', '--seed', '1', '--device', 'cpu']))
+    analysis.main(analysis.get_args(['compare', *map(str, (tmp_path / 'a', tmp_path / 'c')), '--out', str(tmp_path / 'out2')]))
+    assert not (tmp_path / 'out2/differences.csv').exists()
 
 
 def test_compare_what_cannot_be(tmp_path, capsys):
