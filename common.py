@@ -2537,25 +2537,27 @@ def copy_cut(train, held_out):
     return float(np.percentile(correlation(held_out, train).max(1), 99))
 
 
+def ssim_parts(x, y):
+    """Luminance and structure of SSIM (Wang 2004) of pairs x, y (N,1,H,W) in [-1,1]: maps (N,1,H-10,W-10). Window 11, sigma 1.5."""
+    g = torch.exp(-(torch.arange(11.0) - 5) ** 2 / (2 * 1.5 ** 2))
+    window = (g.outer(g) / g.sum() ** 2)[None, None].to(x)
+    blur = lambda v: F.conv2d(v, window)
+    mx, my = blur(x), blur(y)
+    vx, vy, cov = blur(x * x) - mx * mx, blur(y * y) - my * my, blur(x * y) - mx * my
+    c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2                                     # a range of 2
+    return (2 * mx * my + c1) / (mx * mx + my * my + c1), (2 * cov + c2) / (vx + vy + c2)
+
+
 MS_SSIM = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)                                # Wang 2003; small images use the first few
 
 
 def ms_ssim(x, y):
-    """Multi-scale SSIM (Wang 2003) of pairs x, y (N,1,H,W) in [-1,1]: (N,). Window 11, sigma 1.5; scales while the side is >= 11."""
-    scales = min(5, int(math.log2(x.shape[-1] / 11)) + 1)
-    weights = torch.tensor(MS_SSIM[:scales])
-    g = torch.exp(-(torch.arange(11.0) - 5) ** 2 / (2 * 1.5 ** 2))
-    window = (g.outer(g) / g.sum() ** 2)[None, None].to(x)
-    blur = lambda v: F.conv2d(v, window)
-    out = x.new_ones(len(x))
+    """Multi-scale SSIM (Wang 2003) of pairs x, y (N,1,H,W) in [-1,1]: (N,). Scales while the side is >= 11; luminance at the last alone."""
+    weights, out = torch.tensor(MS_SSIM[:min(5, int(math.log2(x.shape[-1] / 11)) + 1)]), x.new_ones(len(x))
     for i, weight in enumerate((weights / weights.sum()).tolist()):
-        mx, my = blur(x), blur(y)
-        vx, vy, cov = blur(x * x) - mx * mx, blur(y * y) - my * my, blur(x * y) - mx * my
-        c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2                                 # a range of 2
-        structure = (2 * cov + c2) / (vx + vy + c2)
-        if i == scales - 1:
-            structure = structure * (2 * mx * my + c1) / (mx * mx + my * my + c1)
-        out = out * structure.mean((1, 2, 3)).clamp(min=0) ** weight
+        luminance, structure = ssim_parts(x, y)
+        alike = structure * luminance if i == len(weights) - 1 else structure
+        out = out * alike.mean((1, 2, 3)).clamp(min=0) ** weight
         x, y = F.avg_pool2d(x, 2), F.avg_pool2d(y, 2)
     return out
 
@@ -2567,17 +2569,6 @@ def to_rgb(image):
     """(H,W) in [-1,1] -> (H,W,3) uint8."""
     grey = np.uint8(np.clip((np.asarray(image, np.float32) + 1) * 127.5 + 0.5, 0, 255))
     return np.repeat(grey[..., None], 3, -1)
-
-
-def ssim_parts(x, y):
-    """Luminance and structure of SSIM (Wang 2004) of pairs x, y (N,1,H,W) in [-1,1]: maps (N,1,H-10,W-10). Window 11, sigma 1.5."""
-    g = torch.exp(-(torch.arange(11.0) - 5) ** 2 / (2 * 1.5 ** 2))
-    window = (g.outer(g) / g.sum() ** 2)[None, None].to(x)
-    blur = lambda v: F.conv2d(v, window)
-    mx, my = blur(x), blur(y)
-    vx, vy, cov = blur(x * x) - mx * mx, blur(y * y) - my * my, blur(x * y) - mx * my
-    c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2                                     # a range of 2
-    return (2 * mx * my + c1) / (mx * mx + my * my + c1), (2 * cov + c2) / (vx + vy + c2)
 
 
 def views(volumes, masks=None):
