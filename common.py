@@ -1032,6 +1032,7 @@ class Attention(nn.Module):
         return self.out(h.transpose(1, 2).flatten(2))
 
     def forward(self, x, context=None):
+        """x (B,N,C), context (B,M,context_dim) or none -> (B,N,C)."""
         return self.join(attention(*self.project(x, context), None if context is None else (context != 0).any(-1)[:, None, None], self.fused))
 
 
@@ -1062,6 +1063,7 @@ class SpatialTransformer(nn.Module):
         zero_(self.proj_out)
 
     def forward(self, x, context):
+        """x (B,C,*spatial), context (B,M,context_dim) -> as x."""
         h = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)
         h = h + self.attn1(self.norm1(h))
         h = h + self.attn2(self.norm2(h), context)
@@ -1117,6 +1119,7 @@ class ResBlock(nn.Module):
         self.skip = nn.Identity() if in_channels == out_channels else conv(in_channels, out_channels, 1)
 
     def forward(self, x, emb=None):
+        """x (B,in_channels,*spatial), emb (B,embed), SiLU applied -> (B,out_channels,*spatial), halved or doubled with resample."""
         h = self.norm1(x, silu=True)
         if self.resample:
             half = lambda v: (F.avg_pool2d, F.avg_pool3d)[v.ndim - 4](v, 2)
@@ -1143,6 +1146,7 @@ class Upsample(nn.Module):
         self.register_buffer('taps', torch.tensor([[[1.0, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]]), persistent=False)
 
     def forward(self, x):
+        """x (B,C,*spatial) -> (B,C,*2 spatial)."""
         w, dims = self.conv.weight, x.ndim - 2
         axes = 'xyz'[:dims]
         rule = 'oi' + axes + ''.join(f',{a.upper()}{b}{a}' for a, b in zip(axes, 'rst')) + '->' + axes.upper() + 'oi' + 'rst'[:dims]
@@ -1280,6 +1284,7 @@ class Autoencoder(nn.Module):
         return self.mean(h), self.log_var(h).clamp(-30, 20)
 
     def decode(self, z):
+        """z (B,latent,*size/factor) -> (B,in_channels,*size)."""
         return self.decoder(self.from_latent(z))
 
     def forward(self, x, noise=None, stage=None):
@@ -1659,6 +1664,7 @@ class Mamba(nn.Module):
         self.norm = RMSNorm(inner, eps=1e-5)
 
     def forward(self, x, grid):
+        """x (B,N,width) of a grid of prod(grid) = N tokens -> as x."""
         u, z = self.project(x).chunk(2, -1)
         u = F.silu(self.conv(u.transpose(1, 2).unflatten(2, grid))).flatten(2).transpose(1, 2)  # a view of channels_last both ways
         chosen = self.select(u).unflatten(-1, (self.directions, -1)).transpose(1, 2)
@@ -1696,6 +1702,7 @@ class Block(nn.Module):
         return self.ada(c)[:, None].split(c.shape[-1], -1)
 
     def forward(self, x, mod, context=None, *grid):
+        """x (B,N,width), mod: six of modulation(), context (B,M,context_dim) or none -> as x."""
         x = x + mod[2] * self.mixer(modulate(x, *mod[:2]), *grid)
         if self.cross is not None:
             x = x + self.cross(F.layer_norm(x, x.shape[-1:], eps=1e-6), context)
@@ -1786,6 +1793,7 @@ class MMDiT(Tokens):
         xavier(nn.ModuleList(m for m in (self.embed_mask, self.embed_context) if m is not None))
 
     def through(self, x, context, mods, grid, place):
+        """The image tokens after all blocks; the second stream is left behind."""
         x, mask, present = x.split(self.channels, 1)
         h, second, count = self.embed(patchify(x, self.patch)) + place, [], None
         if self.embed_mask is not None:
@@ -1982,6 +1990,7 @@ class Space(nn.Module):
         return (self.transform(images) - self.shift) / self.scale if self.about else images
 
     def decode(self, x_0):
+        """x_0 (B,channels,S/factor,S/factor) -> images (B,1,S,S), not bounded."""
         if not self.about:
             return x_0
         x_0 = x_0 * self.scale + self.shift
@@ -2026,6 +2035,7 @@ class Process:
         return self.range[0] + (x + 1) * ((self.range[1] - self.range[0]) / 2) if self.range != (-1.0, 1.0) else x
 
     def from_range(self, x):
+        """The inverse of to_range: from x_0 to images, about [-1, 1]."""
         return self.space.decode((x - self.range[0]) * (2 / (self.range[1] - self.range[0])) - 1 if self.range != (-1.0, 1.0) else x)
 
     def draw_t(self, n, g, window=(0.0, 1.0), shift=1.0):
@@ -2203,6 +2213,7 @@ WIDTHS = {'laplace': 0.5, 'cauchy': 1.0}                # densities of log-SNR f
 
 
 def build_process(args):
+    """The process that the flags (or a stored run's) describe, in pixels; whoever trains or loads gives it its space."""
     density = args.schedule in WIDTHS and args.schedule
     process = RFlow(args.steps) if args.rflow else DDPM(args.steps, 'cosine' if density else args.schedule, args.target)
     process.range, process.space = tuple(args.init_range or (-1.0, 1.0)), Space(depth=args.volume)
@@ -2893,6 +2904,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, net):
+        """One step of the average towards net's weights."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         torch._foreach_lerp_(list(self.net.parameters()), [p.detach().float() for p in net.parameters()], 1 - decay)
@@ -2920,6 +2932,7 @@ class PureBF16(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
+        """One update of all parameters, written back in bf16 by the chosen rounding."""
         (b1, b2), g = self.betas, None
         for group in self.param_groups:
             for p in (p for p in group['params'] if p.grad is not None):
