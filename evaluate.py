@@ -201,6 +201,26 @@ def radial_spectrum(images):
     return 10 * np.log10(rings[:, 1:n // 2 + 1] + 1e-12)
 
 
+def traits(images, spectrum):
+    """What a distorted head is often wrong in, of images (N,S,S) in [-1,1] and their radial spectra: (N,3). Share of the square that is head;
+    correlation with the mirror image about the head's middle; mean power of the upper half of frequencies, dB."""
+    out = []
+    for image, power, head in zip(images, spectrum, head_mask(images)):
+        middle = np.nonzero(head)[1].mean() if head.any() else (len(image) - 1) / 2
+        mirrored = np.roll(image[:, ::-1], round(2 * middle) - len(image) + 1, 1)
+        out.append((head.mean(), correlation(image[None], mirrored[None])[0, 0], power[len(power) // 2:].mean()))
+    return np.array(out, float).reshape(-1, len(TRAITS))
+
+
+TRAITS = ('head area', 'symmetry', 'fine power')
+
+
+def outside(a, b):
+    """Share of the values a (N,) beyond the 1st and 99th percentile of b."""
+    low, high = np.percentile(b, (1, 99))
+    return ((a < low) | (a > high)).mean()
+
+
 def wasserstein(a, b):
     """W1 between two samples of numbers: the area between their distribution functions. nan when one is empty."""
     if not len(a) or not len(b):
@@ -292,6 +312,7 @@ def quality(args):
         print0(f'distances on a draw of {len(fakes)} of the generated, {len(train)} training, {len(test)} {args.part} images (at most 3 * --n); copies on all')
 
     spectrum = radial_spectrum(images)
+    trait = traits(images, spectrum)
     counts, pieces = lesions(masks)
     piece_rows = [np.flatnonzero(pieces[:, 0] == i) for i in range(len(images))]
     pixels = images.reshape(len(images), -1).astype(np.float64)
@@ -312,6 +333,7 @@ def quality(args):
         if x is not None:
             m |= {'KID x 1000': 1000 * kid(kernel, i, j), 'Frechet distance': frechet(x, i, j), **prdc(apart, i, j)}
         m['spectrum, dB'] = float(np.sqrt(((spectrum[i].mean(0) - spectrum[j].mean(0)) ** 2).mean()))
+        m |= {f'outside: {name}': float(outside(trait[i, k], trait[j, k])) for k, name in enumerate(TRAITS)}
         pairs = torch.from_numpy(images[i])[:, None]
         half = min(len(i) // 2, 200)
         m['MS-SSIM within'] = float(ms_ssim(pairs[:half], pairs[half:2 * half]).mean())
