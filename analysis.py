@@ -163,7 +163,7 @@ def compare(args):
         names, rows = differences(sets, metrics)
         if names:
             print0()
-            print_table([f'less {next(iter(sets))}; * where 0 is outside', *names], rows)
+            print_table([f'less {next(iter(sets))}; * 0 is outside (95 % each)', *names], rows)
             write_csv(out / 'differences.csv', ['metric', *names], rows)
             saved.append('differences.csv')
     print0(f'look at {", ".join(str(out / f) for f in saved)}' if saved else 'nothing to compare')
@@ -177,9 +177,9 @@ def differences(sets, metrics):
     draws = {n: read_csv(Path(sets[n]['at']) / 'draws.csv') for n in (first, *names)} if names else {}
 
     def cell(n, m):
-        gaps = [float(a[m]) - float(b[m]) for a, b in zip(draws[n], draws[first])]
-        low, high = np.percentile([g for g in gaps if math.isfinite(g)] or [math.nan], (2.5, 97.5))
-        return f'{sets[n]["metrics"][m]["fake"] - sets[first]["metrics"][m]["fake"]:+.3f} [{low:+.3f}, {high:+.3f}]{"*" if low * high > 0 else ""}'
+        gap = sets[n]['metrics'][m]['fake'] - sets[first]['metrics'][m]['fake']
+        low, high = centred(gap, [float(a[m]) - float(b[m]) for a, b in zip(draws[n], draws[first])])
+        return f'{gap:+.3f} [{low:+.3f}, {high:+.3f}]{"*" if low * high > 0 else ""}'
 
     return names, [[m, *(cell(n, m) for n in names)] for m in metrics]
 
@@ -623,7 +623,7 @@ def walk(run, denoise, keys, device, steps=None, callback=None):
     name, steps, _ = default_solver(run.args, None, steps)
     sources = [generator(*k) for k in keys]
     noise = lambda: torch.stack([torch.randn(run.process.space.shape(run.args.size), generator=g) for g in sources]).to(device)
-    return SAMPLERS[name](denoise, noise(), run.process.times(steps, shift=run.process.shift), run.process, noise, callback)
+    return SAMPLERS[name](denoise, noise(), run.process.times(steps, own=True), run.process, noise, callback)
 
 
 @contextlib.contextmanager

@@ -1759,7 +1759,7 @@ class Tokens(nn.Module):
         """x (B,in_channels,*spatial), t (B,) in [0,1], context (B,M,context_dim), extra (B,extra_dim) -> (B,out,*spatial)."""
         assert all(s % self.patch == 0 for s in x.shape[2:]), f'size {tuple(x.shape[2:])} is not a multiple of {self.patch}'
         assert (context is None) == (self.context_dim is None), 'context and context_dim go together'
-        with torch.autocast(x.device.type, enabled=False):                                      # what modulates stays in fp32
+        with torch.autocast(x.device.type, enabled=False):                                      # what modulates stays in fp32 (pure-bf16: as its weights)
             c = self.time_embed(time_embedding(1000 * t.float(), 256).to(self.embed.weight.dtype))
             c = F.silu(c if self.extra_embed is None else c + self.extra_embed(extra.to(c.dtype)))
             mods, last = [block.modulation(c) for block in self.blocks], self.ada(c)[:, None].chunk(2, -1)
@@ -1780,6 +1780,7 @@ class MMDiT(Tokens):
 
     Every channel of x behind the first out_channels is a mask; with present=True the last of all says whether the image has
     one (mask_condition): where it is 0, a learned token with the patch's position stands in for each of the mask's.
+    No pool of the condition modulates, as text does there: where a mask lies is what matters, and each of its tokens is attended to.
     """
 
     def __init__(self, in_channels, out_channels, patch=4, width=384, depth=12, heads=6, context_dim=None, dims=2, extra_dim=0, present=False):
@@ -2059,11 +2060,12 @@ class Process:
         """t of the noise that an image of a times the side needs for the same difficulty: log-SNR - 2 log a (Hoogeboom 2023, eq. 9)."""
         return t if a == 1 else self.time_of(self.log_snr(t, torch.float64) - 2 * math.log(a)).to(t.dtype)
 
-    def times(self, n, grid='time', shift=1.0):
+    def times(self, n, grid='time', shift=1.0, own=False):
         """n+1 decreasing solver times from 1 to 0, on the grid that the network was trained on.
 
         grid: time (equal steps of t) | log-snr (equal steps of log-SNR from near 1 to the first trained time, then 0).
-        shift A: t -> A t / (1 + (A - 1) t) (Esser 2024, eq. 23); A < 1 takes large steps early and small ones at the end.
+        shift A: t -> A t / (1 + (A - 1) t) (Esser 2024, eq. 23); A < 1 takes large steps early and small ones at the end. own: on top of it
+        the process's shift, as its training had it (shifted).
         maisi: equal steps of t, shifted, 1000 t rounded to half precision: the times of MAISI's scheduler, for sample_maisi.
         """
         if self.steps and n > self.steps:
@@ -2074,6 +2076,8 @@ class Process:
             ts[:-1] = self.time_of(torch.linspace(float(ends[0]), float(ends[1]), n, dtype=torch.float64))
             ts[0] = 1
         ts = shift * ts / (1 + (shift - 1) * ts)
+        if own and self.shift != 1:
+            ts[1:-1] = self.shifted(ts[1:-1], self.shift)
         if grid == 'maisi':
             return ((1000 * ts).half().double() / 1000).float()
         if not self.steps:
@@ -2249,11 +2253,13 @@ class Guidance:
         return (self.interval[0] < t) & (t <= self.interval[1]) & (self.weight != 1)
 
     def __call__(self, conditional, null):
-        """x_0 + (W - 1) (x_0 - x_0 null) (Ho 2022; W=1 is none), its spread moved back towards x_0's (Lin 2023, eq. 15-16)."""
+        """x_0 + (W - 1) (x_0 - x_0 null) (Ho 2022; W=1 is none), its spread moved back towards x_0's (Lin 2023, eq. 15-16), and its mean
+        with it: theirs is about 0, but most of an image is background at -1, which a factor about 0 would make grey."""
         x_0 = null + self.weight * (conditional - null)
         if self.rescale:
-            spread = lambda v: v.flatten(1).std(1)
-            x_0 = x_0 * like(self.rescale * spread(conditional) / spread(x_0) + 1 - self.rescale, x_0)
+            mean, spread = (lambda v: like(v.flatten(1).mean(1), v)), (lambda v: like(v.flatten(1).std(1), v))
+            there = mean(conditional) + (x_0 - mean(x_0)) * spread(conditional) / spread(x_0)
+            x_0 = self.rescale * there + (1 - self.rescale) * x_0
         return x_0
 
 
@@ -2278,8 +2284,8 @@ def make_denoise(net, process, mask=None, context=None, extra=None, dtype='fp32'
         if at.any():
             guided = guidance(x_0, process.split(forward(x_t, t, guidance.mask, guidance.context), x_t, a, s)[0])
             x_0 = guided if at.all() else torch.where(like(at.to(x_t.device), x_t), guided, x_0)
-        if clip:
-            x_0 = x_0.clamp(*process.range)
+        if clip:                                             # a gradient (draft.py) passes as if it were not
+            x_0 = x_0 + (x_0.clamp(*process.range) - x_0).detach() if x_0.requires_grad else x_0.clamp(*process.range)
         if at.any() or clip:
             eps = (x_t - a * x_0) / s
         return x_0, eps
@@ -2484,6 +2490,14 @@ def wilson(k, n, z=1.959964):
     p, w = k / n, z * z / n
     middle, half = (p + w / 2) / (1 + w), z * math.sqrt(p * (1 - p) / n + w / n / 4) / (1 + w)
     return max(middle - half, 0.0), min(middle + half, 1.0)
+
+
+def centred(value, draws):
+    """95 % interval (low, high) of a value from bootstrap draws (nan are left out), whose mean is brought to the value: drawing with
+    replacement repeats images, which moves distances like KID and shares like recall to one side (Efron 1993, ch. 10)."""
+    draws = np.asarray(draws, float)
+    draws = draws[np.isfinite(draws)]
+    return np.percentile(draws - draws.mean() + value, (2.5, 97.5)).tolist() if len(draws) else [math.nan, math.nan]
 
 
 def effective(w):
@@ -2831,6 +2845,8 @@ def finish_args(args):
     for name in ('schedule_centre', 'schedule_width', 'uniform_mix'):
         if getattr(args, name) is not None and args.schedule not in WIDTHS:
             fail(f'--{name.replace("_", "-")} {getattr(args, name):g}: is of --schedule laplace or cauchy; add one')
+    if args.min_snr and (args.logit_normal or args.schedule in WIDTHS):
+        print0(f'note: --min-snr {args.min_snr:g} comes on top of a density of t that already prefers some noise: the loss is weighted twice')
     if args.curriculum == 1:
         fail('--curriculum 1: one range is all of t; give 2 or more, or leave it away')
     dense = [f'--{k}' for k, on in (('logit-normal', args.logit_normal), ('schedule ' + args.schedule, args.schedule in WIDTHS),
@@ -2962,22 +2978,24 @@ def build_optimizer(net, args):
     """AdamW, or its pure bf16 form, and what --sparse24 and --prune do after each of its steps; says what each flag changed."""
     if args.dtype == 'pure-bf16':
         opt = PureBF16(net.parameters(), args.lr, args.weight_decay, args.seed, args.kahan)
-        count = sum(p.numel() for p in net.parameters())
+        count, told = sum(p.numel() for p in net.parameters()), []
 
         def tell(opt, *_):
-            tensors = [v for p in net.parameters() for v in (p, p.grad, *opt.state[p].values()) if torch.is_tensor(v)]
-            print0(f'pure bf16: {sum(v.numel() * v.element_size() for v in tensors) / count:.2f} bytes a parameter for weights, gradients and '
-                   'moments (AMP: 16), the average of the weights apart')
-            once.remove()
+            if not told:
+                tensors = [v for p in net.parameters() for v in (p, p.grad, *opt.state[p].values()) if torch.is_tensor(v)]
+                told.append(sum(v.numel() * v.element_size() for v in tensors) / count)
+                print0(f'pure bf16: {told[0]:.2f} bytes a parameter for weights, gradients and moments (AMP: 16), the average of the weights apart')
 
-        once = opt.register_step_post_hook(tell)
+        opt.register_step_post_hook(tell)
     else:
         opt = torch.optim.AdamW(net.parameters(), args.lr, weight_decay=args.weight_decay, fused=True)
     if args.sparse24:
         @torch.no_grad()
         def decay(opt, *_):                                  # SR-STE, apart from the gradient, as Adam would take its size away
-            for w, sparse in sparse_layers(net):
-                w -= opt.param_groups[0]['lr'] * SR_STE * (1 - sparse.mask(w)) * (1 - sparse.dense.to(w.dtype)) * w
+            for i, (w, sparse) in enumerate(sparse_layers(net)):
+                new = w.float() * (1 - opt.param_groups[0]['lr'] * SR_STE * (1 - sparse.mask(w).float()) * (1 - sparse.dense.float()))
+                g = generator(args.seed, 'decay', i, int(opt.state[w]['step']), device=w.device) if w.dtype == torch.bfloat16 else None
+                w.copy_(stochastic(new, g) if g else new)    # to nearest, bf16 would lose a change this small every time
         opt.register_step_post_hook(decay)
     if args.prune and args.prune_how == 'weights':
         masks = [(m.weight, m.weight.detach() != 0) for m in prunable(net)]
@@ -2992,6 +3010,7 @@ def build_optimizer(net, args):
 
 class Curriculum:
     """Which t are trained on: the easiest of N ranges at first, one more whenever the loss no longer falls (Kim 2024, 2403.10348).
+    The average then forgets sooner for a while (add says when), as it has not seen the new range; the learning rate goes on.
 
     Easy is much noise for eps and v, whose loss there settles first, and little noise for x0. A range is added when the mean loss over
     `check` steps has fallen by less than 1 % since the last check, and after PATIENCE checks at the latest: half the training at most
@@ -3011,10 +3030,12 @@ class Curriculum:
         return (0.0, share) if self.args.target == 'x0' else (1.0 - share, 1.0)
 
     def add(self, losses, step):
-        """Losses of the steps since the last call; decides after each `check` steps, a multiple of 20, when all of them are in."""
+        """Losses of the steps since the last call; decides after each `check` steps, a multiple of 20, when all of them are in. True when
+        a range was added."""
         ranges, checks, total, count, last = self.state
+        before = ranges
         if not self.n or ranges == self.n:
-            return
+            return False
         total, count, check = total + sum(losses), count + len(losses), max(self.args.iters // (2 * self.n * self.PATIENCE) // 20 * 20, 20)
         if step % check == 0:
             mean, checks = total / count, checks + 1
@@ -3025,6 +3046,7 @@ class Curriculum:
         self.state = [ranges, checks, total, count, last]
         if step == self.args.iters and ranges < self.n:
             print0(f'note: the curriculum ended at {ranges} of {self.n} ranges; {self.n} need {160 * self.n} steps')
+        return ranges > before
 
 
 def stage_of(step, args):
@@ -3057,7 +3079,8 @@ def rehearsal(net, opt):
 def lr_suggestions(lrs, losses):
     """Two learning rates from a smoothed range test (Smith 2017): where it falls steepest, and the middle of the valley.
 
-    Valley: half way along the longest strictly falling subsequence, the rule that fastai calls by that name.
+    Valley: half way along the longest strictly falling subsequence. (fastai's rule of that name takes as its start not where the
+    subsequence begins but its length before its end, which is later on a noisy curve.)
     """
     lrs, losses = np.asarray(lrs), np.asarray(losses)
     steep = int(np.gradient(losses, np.log(lrs)).argmin())

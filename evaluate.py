@@ -190,6 +190,14 @@ def distances(x):
     return np.sqrt(np.maximum(square[:, None] + square[None] - 2 * x @ x.T, 0))
 
 
+def principal(images, real, n=64):
+    """The first n principal components (N,n) of images (N,S,S), fitted to the `real` ones, scaled to a mean variance of 1 there."""
+    pixels = images.reshape(len(images), -1).astype(np.float64)
+    centre = pixels[real].mean(0)
+    x = (pixels - centre) @ np.linalg.svd(pixels[real] - centre, full_matrices=False)[2][:n].T
+    return x / np.sqrt(x[real].var(0).mean())
+
+
 def radial_spectrum(images):
     """Power of each image (N,H,W) at whole spatial frequencies 1 .. H/2 cycles an image, in dB, averaged over directions."""
     n = images.shape[-1]
@@ -265,7 +273,8 @@ def refuse_seen(root, made, data, parts):
 
 
 def memorisation(x, samples, train, held_out):
-    """Share of samples nearer to a training image than to a held-out one; 0.5 when nothing is memorised. Pools of equal size."""
+    """Share of samples nearer to a training image than to a held-out one. Pools of equal size; about 0.5 when nothing is memorised, but more
+    where the training pool has more patients: the floor, of other held-out images, says how much."""
     return (x[np.ix_(samples, train)].min(1) < x[np.ix_(samples, held_out)].min(1)).mean()
 
 
@@ -315,23 +324,19 @@ def quality(args):
     trait = traits(images, spectrum)
     counts, pieces = lesions(masks)
     piece_rows = [np.flatnonzero(pieces[:, 0] == i) for i in range(len(images))]
-    pixels = images.reshape(len(images), -1).astype(np.float64)
-    centre = pixels[train].mean(0)
-    axes = np.linalg.svd(pixels[train] - centre, full_matrices=False)[2][:64]      # PCA of the training images
-    near = distances((pixels - centre) @ axes.T)
-    x = None
+    near = distances(images.reshape(len(images), -1).astype(np.float64))           # of pixels: axes that fit one side would favour the other
     if args.vgg_weights != 'none':
-        vgg = VGG16(args.vgg_weights).to(device)
+        vgg, by = VGG16(args.vgg_weights).to(device), ''
         with torch.no_grad():
             x = torch.cat([vgg(part.to(device))[-1].mean((2, 3)).cpu() for part in progress(torch.from_numpy(images)[:, None].split(64), 'VGG16')])
         x = x.double().numpy()
-        kernel, apart = polynomial_kernel(x), distances(x)
+    else:                                                                          # needs no weights; to compare sets, not to be compared
+        x, by = principal(images, np.concatenate([train, test, others])), ', pixel PCA'
+    kernel, apart = polynomial_kernel(x), distances(x)
 
     def measure(i, j):
         """All distances of images i to reference images j."""
-        m = {}
-        if x is not None:
-            m |= {'KID x 1000': 1000 * kid(kernel, i, j), 'Frechet distance': frechet(x, i, j), **prdc(apart, i, j)}
+        m = {n + by: v for n, v in {'KID x 1000': 1000 * kid(kernel, i, j), 'Frechet distance': frechet(x, i, j), **prdc(apart, i, j)}.items()}
         m['spectrum, dB'] = float(np.sqrt(((spectrum[i].mean(0) - spectrum[j].mean(0)) ** 2).mean()))
         m |= {f'outside: {name}': float(outside(trait[i, k], trait[j, k])) for k, name in enumerate(TRAITS)}
         pairs = torch.from_numpy(images[i])[:, None]
@@ -647,13 +652,17 @@ def dice(a, b):
 
 
 def cycle(args):
-    """mask -> image -> mask: Dice and lesion recall by size on the images, on the same with shuffled masks, and on real test images."""
+    """mask -> image -> mask: Dice and lesion recall by size on the images, on the same with shuffled masks, and on real test images; on
+    empty masks the share in which something is found. (image -> mask -> image asks for a method that keeps the background; none here does.)"""
     device, out = setup(args), Path(args.out)
     made = json.loads((Path(args.fake) / 'sample.json').read_text())
     if not made.get('bravo'):
         fail(f'--fake {args.fake}: holds masks only; make images with sample.py --bravo RUN')
     fake = load_slices([args.fake], made['pixels'], cache=args.cache, training=False)
     real = real_like(args, made, parts=('judge', 'test'))
+    judged = {p for p, part in zip((r['patient'] for r in real.table), real.part) if part == 'judge'} & {r['source'] for r in fake.table}
+    if judged:
+        fail(f'--fake {args.fake}: has masks of judge patients ({sorted(judged)[0]}), whom the segmenter learns from; make the set on others')
     judge, test = real.rows('judge', 0.2, args.seed), real.rows('test', 0.0)
     rows = np.array([i for i, r in enumerate(fake.table) if r['tumour']])
     if min(map(len, (judge, test, rows))) < 8:
@@ -663,6 +672,8 @@ def cycle(args):
     masks = np.concatenate([fake.masks[rows], real.masks[test]])[:, 0]
     patients = np.array([f'fake:{fake.table[i]["source"] or fake.table[i]["folder"]}' for i in rows] + [real.table[i]['patient'] for i in test])
     found, fakes, reals = segment(images), np.arange(len(rows)), np.arange(len(rows), len(images))
+    empty = [fake.images[[not r['tumour'] for r in fake.table]], real.images[[part == 'test' and not r['tumour'] for r, part in zip(real.table, real.part)]]]
+    alarms = [int(segment(v).any((1, 2)).sum()) if len(v) else 0 for v in empty]
     own = dice(found, masks)
     g, who, shuffled = generator(args.seed, 'shuffled'), np.unique(patients, return_inverse=True)[1], np.empty(len(images))
     for side, flag in ((fakes, '--fake'), (reals, '--data')):
@@ -689,8 +700,11 @@ def cycle(args):
                 **{f'lesions found, {n}': p[size == k, 2].mean() if (size == k).any() else math.nan for k, n in enumerate(name)}}
 
     names, points = list(measure(fakes)), [measure(fakes), measure(reals)]
-    draws = [[measure(draw(r, patients, generator(args.seed, 'cycle', k), True)) for r in (fakes, reals)] for k in range(args.repeats)]
-    report(out, intervals(names, points, draws), dict(fake=args.fake, hash=made['bravo'], judge_slices=len(judge), images=len(rows), test_slices=len(test)))
+    draws = [[measure(draw(r, patients, generator(args.seed, 'cycle', k, side), True)) for side, r in enumerate((fakes, reals))] for k in range(args.repeats)]
+    report(out, intervals(names, points, draws), dict(fake=args.fake, hash=made['bravo'], judge_slices=len(judge), images=len(rows), test_slices=len(test),
+                                                      empty=dict(zip(('fake', 'real'), ([k, len(v)] for k, v in zip(alarms, empty))))))
+    told = ['{} of {} [{:.2f}, {:.2f}]'.format(k, len(v), *wilson(k, len(v))) for k, v in zip(alarms, empty)]
+    print0(f'something found where the mask is empty: {told[0]} generated, {told[1]} real images (intervals: as if slices were independent)')
     show = np.concatenate([fakes[np.linspace(0, len(fakes), 6, endpoint=False).astype(int)], reals[np.linspace(0, len(reals), 6, endpoint=False).astype(int)]])
     zoom = max(1, 128 // images.shape[-1])
     save_grid(out / 'cycle.png', [[outline(images[i, 0], m[i], c, zoom) for i in show] for m, c in ((masks, (255, 80, 60)), (found, (80, 220, 90)))],
@@ -704,20 +718,17 @@ def cycle(args):
 
 
 def match(asked, found):
-    """Pairs (i, j) of asked and found lesions with the least summed distance of centres; all orders are tried up to 6, else nearest first."""
-    if not len(asked) or not len(found):
-        return []
+    """Pairs (i, j) of asked and found lesions, as many as there can be, with the least summed distance of centres."""
+    asked, found = np.reshape(asked, (-1, 3)), np.reshape(found, (-1, 3))
     d = np.hypot(asked[:, None, 1] - found[None, :, 1], asked[:, None, 2] - found[None, :, 2])
-    if max(d.shape) <= 6:
-        few, many = sorted(d.shape)
-        e = d if d.shape[0] == few else d.T
-        best = min(itertools.permutations(range(many), few), key=lambda order: sum(e[i, j] for i, j in enumerate(order)))
-        return [(i, j) if d.shape[0] == few else (j, i) for i, j in enumerate(best)]
-    pairs = []
-    for i, j in zip(*np.unravel_index(np.argsort(d, axis=None), d.shape)):
-        if all(i != a and j != b for a, b in pairs):
-            pairs.append((int(i), int(j)))
-    return pairs
+    e = d if d.shape[0] <= d.shape[1] else d.T
+    best = {0: (0.0, ())}                                    # by which of the fewer have a partner (bits): least sum, its pairs
+    for j in range(e.shape[1]):
+        for taken, (total, pairs) in list(best.items()):
+            for i in (i for i in range(len(e)) if not taken >> i & 1):
+                if total + e[i, j] < best.get(taken | 1 << i, (math.inf,))[0]:
+                    best[taken | 1 << i] = (total + e[i, j], (*pairs, (i, j)))
+    return sorted(pair if e is d else pair[::-1] for pair in best[2 ** len(e) - 1][1])
 
 
 def spearman(a, b):
@@ -1695,7 +1706,7 @@ def compare_slices(args, template, done, state, save):
 
     sides = np.arange(n), np.arange(n, len(table))
     points = [measure(i) for i in sides]
-    draws = [[measure(draw(i, who, generator(args.seed, 'atlas', k), True)) for i in sides] for k in range(args.repeats)]
+    draws = [[measure(draw(i, who, generator(args.seed, 'atlas', k, side), True)) for side, i in enumerate(sides)] for k in range(args.repeats)]
     report(out, intervals(list(points[0]), points, draws), dict(fake=args.fake, slices=n, placed=dict(how), real_slices=len(real.table), nmi_cut=float(cut)))
     write_csv(out / 'slices.csv', ['folder', 'nmi', 'tumour', 'in_ventricles', 'outside_brain'],
               [[r['folder'], *t] for r, t in zip(rows, table[:n].tolist())])
@@ -2143,12 +2154,12 @@ HEADER = ['metric', 'fake', 'fake_low', 'fake_high', 'floor', 'floor_low', 'floo
 
 
 def intervals(names, points, draws):
-    """Rows of HEADER: value and 2.5 to 97.5 % of the draws for both sides, and the interval of their difference."""
-    def between_(values):
-        values = np.array(values, float)
-        return [float(np.nanpercentile(values, q)) if np.isfinite(values).any() else math.nan for q in (2.5, 97.5)]
-    return [[n, float(points[0][n]), *between_([d[0][n] for d in draws]), float(points[1][n]), *between_([d[1][n] for d in draws]),
-             *between_([d[0][n] - d[1][n] for d in draws])] for n in names]
+    """Rows of HEADER: value and 95 % interval for both sides, and of their difference: centred() draws."""
+    rows = []
+    for n in names:
+        a, b = float(points[0][n]), float(points[1][n])
+        rows.append([n, a, *centred(a, [d[0][n] for d in draws]), b, *centred(b, [d[1][n] for d in draws]), *centred(a - b, [d[0][n] - d[1][n] for d in draws])])
+    return rows
 
 
 def report(out, table, about, sides=('fake', 'real')):

@@ -167,7 +167,7 @@ def solver(run, args, steps):
         fail(f'--sampler adaptive: is for RFlow; {run.path} is DDPM, use dpm++ or ddim')
     if name == 'maisi' and run.args.maisi != 'rflow':
         fail(f'--sampler maisi: repeats the rounding of MAISI\'s RFlow networks; {run.path} does not come from one, use euler')
-    ts = run.process.times(steps, 'maisi' if name == 'maisi' else args.grid, args.shift * run.process.shift)
+    ts = run.process.times(steps, 'maisi' if name == 'maisi' else args.grid, args.shift, own=True)
     if args.steps_file and run.args.script == 'bravo':
         ts = read_steps(args, run)
     pixels = not run.process.space.about
@@ -204,6 +204,11 @@ def best_steps(cost, n):
     return path[::-1], float(value[M])
 
 
+def learned_for(args, run):
+    """What the best times depend on: the network and its guidance."""
+    return dict(run=run.hash, cfg=args.cfg, cfg_interval=list(args.cfg_interval), cfg_rescale=args.cfg_rescale)
+
+
 def learn_steps(run, args, draw_with, out):
     """Walks the finest grid with 64 images, finds the best N of its times, writes steps.json and a plot."""
     n = min(run.args.steps or 100, 100)
@@ -222,8 +227,8 @@ def learn_steps(run, args, draw_with, out):
     uniform = sum(float(cost[i, j]) for i, j in zip(plain_path, plain_path[1:]))
     times = [float(ts[i]) for i in path]
     out.mkdir(parents=True, exist_ok=True)
-    atomic_write(out / 'steps.json', json.dumps(dict(times=times, cost=total, cost_of_equal_steps=uniform, grid=[float(t) for t in ts], run=run.hash,
-                                                     cfg=args.cfg, cfg_interval=list(args.cfg_interval), cfg_rescale=args.cfg_rescale), indent=1).encode())
+    atomic_write(out / 'steps.json', json.dumps(dict(times=times, cost=total, cost_of_equal_steps=uniform, grid=[float(t) for t in ts],
+                                                     **learned_for(args, run)), indent=1).encode())
     n = range(args.learn_steps + 1)
     plot(out / 'steps.png', {f'learned, cost {total:.3f}': (n, times), f'equal steps, {uniform:.3f}': (n, [float(ts[i]) for i in plain_path])},
          f'{args.learn_steps} steps of {run.path}', 'step', 't')
@@ -270,8 +275,9 @@ def read_steps(args, run):
         good = False
     if not good:
         fail(f'--steps-file {args.steps_file}: expected a JSON with "times" that fall from 1 to 0, as --learn-steps writes it')
-    if told.get('run') != run.hash or told.get('cfg') != args.cfg:
-        print0(f'note: {args.steps_file} was learned for run {told.get("run")} with --cfg {told.get("cfg")}; this is {run.hash} with {args.cfg:g}')
+    differ = [f'{k} {told.get(k)}, now {v}' for k, v in learned_for(args, run).items() if told.get(k) != v]
+    if differ:
+        print0(f'note: {args.steps_file} was learned for {"; ".join(differ)}')
     return ts
 
 
@@ -608,9 +614,9 @@ def plot_steps(path, traces, args, guidance):
     for t, h, good in traces:
         for b in range(t.shape[1]):
             there = h[:, b] > 0
-            asks = 3 if args.pair != 'heun-euler' else 2
+            asks = 3 * int(there.sum()) if args.pair != 'heun-euler' else int(there.sum() + (there & good[:, b]).sum())        # a refused step keeps its first slope
             doubled = 1 + guidance.at(t[there, b]).double().mean().item()                             # guided steps ask twice
-            forwards.append((asks * int(there.sum()) + 1) * doubled)
+            forwards.append((asks + 1) * doubled)
             if len(curves) < 8:
                 kept, refused = there & good[:, b], there & ~good[:, b]
                 curves[f'image {len(curves)}'] = (t[kept, b].tolist(), h[kept, b].tolist())
@@ -681,12 +687,13 @@ def draw_stacks(args, run, masks, made, out):
 def bake_sparse(net, device, dtype):
     """Folds the masks of --sparse24 into the weights, the same values without their making. On a GPU in bf16, the linears whose shape the
     sparse kernels take are stored compressed and multiplied by those: tried with a product each, as support differs from card to card."""
-    layers = [m for m in net.modules() if parametrize.is_parametrized(m, 'weight')]
+    layers = {n: m for n, m in net.named_modules() if parametrize.is_parametrized(m, 'weight')}
     packed = 0
-    for m in layers:
+    for name, m in layers.items():
         dense = bool(m.parametrizations.weight[0].dense)                       # trained with a dense tail to its end
         parametrize.remove_parametrizations(m, 'weight')
-        if device == 'cuda' and dtype == 'bf16' and not dense and isinstance(m, nn.Linear) and m.out_features % 32 == m.in_features % 64 == 0:
+        fits = isinstance(m, nn.Linear) and m.out_features % 32 == m.in_features % 64 == 0 and not {*name.split('.')} & {'time_embed', 'extra_embed', 'ada'}
+        if device == 'cuda' and dtype == 'bf16' and not dense and fits:        # what modulates tokens is computed in fp32
             try:
                 weight = torch.sparse.to_sparse_semi_structured(m.weight.detach().bfloat16().contiguous())
                 F.linear(torch.ones(128, m.in_features, device=device, dtype=torch.bfloat16), weight)

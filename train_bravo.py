@@ -328,7 +328,8 @@ class PatchGAN(nn.Module):
 
 
 def adaptive_weight(loss, gan_loss, layer):
-    """|d loss / d layer| / |d gan_loss / d layer|, at most 1e4: with it both pull equally at the decoder's last weights (Esser 2021, eq. 7)."""
+    """|d loss / d layer| / |d gan_loss / d layer|, at most 1e4: with it both pull equally at the decoder's last weights (Esser 2021, eq. 7).
+    The published code adds 1e-4 below; 1e-8 here, against 0 / 0 alone."""
     norms = []
     for value in (loss, gan_loss):
         grad = torch.autograd.grad(value, layer, retain_graph=True)[0]
@@ -748,7 +749,7 @@ def main(args):
         twice = lambda v: v if v is None else torch.cat([v, v])
         denoise = make_denoise(ema.net, process, twice(mask_condition(mask, args.p_uncond, near=near(picked, size))), None, twice(extra), args.dtype, clip=not args.rflow and not space.about)
         noise = torch.cat([torch.randn(len(x_0), *space.shape(size), generator=generator('picture', k)) for k in range(2)]).to(device)
-        made = sample_ddim(denoise, noise, process.times(min(25 if args.rflow else 50, args.steps or 25), shift=process.shift), process)
+        made = sample_ddim(denoise, noise, process.times(min(25 if args.rflow else 50, args.steps or 25), own=True), process)
         first, second = process.from_range(made).float().cpu().chunk(2)
         zoom, masks, names = max(1, 128 // size), mask.cpu()[:, 0], args.dual or ('generated',)
         *shown, flat = (views(v, masks) for v in (*x_0.cpu().unbind(1), masks * 2 - 1, *first.unbind(1), *second.unbind(1), masks))
@@ -802,7 +803,8 @@ def main(args):
         keep = final or signum or done % args.save_every == 0 or args.keep_every and done % args.keep_every == 0
         if done % 20 == 0 or show or keep:
             values = checked(recent, done, args)
-            curriculum.add(values, done)
+            if curriculum.add(values, done):
+                ema.updates = min(ema.updates, 20)
             seconds, recent = (time.perf_counter() - clock) / len(values), []
             if rank() == 0:
                 bar.set_postfix(loss=f'{np.mean(values):.4f}', refresh=False)

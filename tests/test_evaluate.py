@@ -1,5 +1,6 @@
 """The yardsticks of evaluate.py: closed forms, identities, and sets whose answer is known."""
 import contextlib
+import itertools
 import json
 import math
 import types
@@ -9,9 +10,9 @@ import pytest
 import torch
 
 import evaluate
-from common import load_slices, read_csv, write_csv, write_patient
+from common import centred, load_slices, read_csv, ssim_parts, write_csv, write_patient
 from evaluate import (copies, dice, distances, draw, frechet, kid, lesions, match, memorisation, ms_ssim, outside, polynomial_kernel, prdc,
-                      radial_spectrum, spearman, train_segmenter, traits, wasserstein)
+                      principal, radial_spectrum, spearman, train_segmenter, traits, wasserstein)
 
 
 def normal(*shape, seed=0):
@@ -103,6 +104,30 @@ def test_traits():
     assert outside(b, b) == 20 / 1001 and outside(np.array([10.9, 11, 991, 991.1]), b) == 0.5
 
 
+def test_principal():
+    """Components of correlated features are uncorrelated, falling, of mean variance 1 where they were fitted; a shift along the first moves it alone."""
+    images = (normal(300, 16) @ normal(16, 16, seed=1)).reshape(300, 4, 4)
+    x = principal(images, np.arange(200), 8)
+    covariance = np.cov(x[:200].T, bias=True)
+    np.testing.assert_allclose(covariance, np.diag(np.diag(covariance)), atol=1e-9)
+    assert x.shape == (300, 8) and (np.diff(np.diag(covariance)) < 0).all() and np.trace(covariance) == pytest.approx(8)
+
+
+def test_centred():
+    """Equal populations, a bootstrap over patients: the interval of a distance that repeats move holds the value, and the true distance."""
+    assert centred(3.0, [9.0, 10, 11, math.nan]) == pytest.approx(list(np.percentile([2.0, 3, 4], (2.5, 97.5)))) and math.isnan(centred(1.0, [math.nan])[0])
+    held = 0
+    for s in range(20):
+        g = np.random.default_rng(s)
+        x = g.standard_normal((160, 4)) + np.repeat(0.5 * g.standard_normal((40, 4)), 4, 0)           # 40 patients of 4 images
+        pick = lambda first: (g.integers(first, first + 20, 20)[:, None] * 4 + np.arange(4)).ravel()
+        low, high = centred(value := frechet(x, np.arange(80), np.arange(80, 160)), draws := [frechet(x, pick(0), pick(20)) for _ in range(40)])
+        assert low <= value <= high and np.mean(draws) > value
+        held += low <= np.mean([frechet(np.random.default_rng(100 + k).standard_normal((160, 4)) + np.repeat(0.5 * np.random.default_rng(200 + k).standard_normal((40, 4)), 4, 0),
+                                        np.arange(80), np.arange(80, 160)) for k in range(20)]) <= high
+    assert held >= 16
+
+
 def test_wasserstein():
     x = normal(500)
     assert wasserstein(x, x) == 0 and abs(wasserstein(x, x + 3) - 3) < 1e-9 and abs(wasserstein(x, 3 - x) - wasserstein(3 - x, x)) < 1e-12
@@ -112,12 +137,20 @@ def test_wasserstein():
 
 @pytest.mark.parametrize('size', [64, 128, 192])
 def test_ms_ssim(size):
+    """1 of an image with itself, falls with noise; the published product, written out with SSIM maps that test_ssim_parts pins."""
     g = torch.Generator().manual_seed(0)
     x = torch.rand(3, 1, size, size, generator=g) * 2 - 1
     assert (ms_ssim(x, x) - 1).abs().max() < 1e-5
     noise = torch.randn(x.shape, generator=g)
     near, far = ms_ssim(x, x + 0.1 * noise), ms_ssim(x, x + noise)
     assert (0 < far).all() and (far < near).all() and (near < 1).all()
+    a, b, scales, wanted = x, x + noise, {64: 3, 128: 4, 192: 5}[size], 1
+    published = np.array([0.0448, 0.2856, 0.3001, 0.2363, 0.1333])[:scales]
+    for k, w in enumerate(published / published.sum()):
+        luminance, structure = ssim_parts(a, b)
+        wanted = wanted * (structure * (luminance if k == scales - 1 else 1)).mean((1, 2, 3)) ** w
+        a, b = (v.unfold(2, 2, 2).unfold(3, 2, 2).mean((4, 5)) for v in (a, b))
+    torch.testing.assert_close(far, wanted, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(ms_ssim(x, x + noise), ms_ssim(x + noise, x))
     assert ms_ssim(x, torch.rand(x.shape, generator=g) * 2 - 1).max() < 0.2
 
@@ -138,7 +171,7 @@ def test_lesions():
 
 
 def test_memorisation():
-    """Fresh samples: 0.5. Samples of which a tenth are training images: 0.55, with distance 0 for those."""
+    """Fresh samples: 0.5. Training images among them: all of those are nearer to training."""
     share = []
     for s in range(60):
         x = distances(normal(300, 8, seed=s))
@@ -240,6 +273,10 @@ def test_match_and_spearman():
     assert match(at(0.1, 0.9), at(0.88, 0.12)) == [(0, 1), (1, 0)]
     assert sorted(match(at(0.0, 0.4), at(0.3, 0.9))) == [(0, 0), (1, 1)]                       # nearest first: 0.4-0.3, then 0.0-0.9
     assert sorted(match(at(0.2, 0.5, 0.8), at(0.79))) == [(2, 0)] and match(at(), at(0.5)) == []
+    a, b = np.random.default_rng(0).random((2, 6, 3))                                          # every order tried
+    cost = lambda pairs: sum(math.dist(a[i, 1:], b[j, 1:]) for i, j in pairs)
+    assert cost(match(a[:5], b)) == pytest.approx(min(cost(zip(range(5), order)) for order in itertools.permutations(range(6), 5)))
+    assert cost(match(a, b[:4])) == pytest.approx(min(cost(zip(order, range(4))) for order in itertools.permutations(range(6), 4)))
     assert spearman([1, 2, 3, 4], [10, 20, 25, 90]) == pytest.approx(1) and spearman([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
     assert spearman([1, 1, 2, 3], [1, 1, 2, 3]) == pytest.approx(1) and math.isnan(spearman([1], [1]))
 
@@ -302,6 +339,7 @@ def test_cycle(trained, call, phantom, cache, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(evaluate, 'train_segmenter', lambda images, masks, steps, *a, **kw: (
         asked.append((len(images), steps)), lambda x: np.stack([known[v.tobytes()] for v in np.asarray(x)]))[1])
     run('--split', str(tmp_path / 'split.csv'), '--train-steps', '7')
+    assert 'where the mask is empty: 0 of ' in capsys.readouterr().out                                # it knows those too
     told = json.loads((tmp_path / 'out/metrics.json').read_text())
     assert asked == [(told['judge_slices'], 7)] and told['judge_slices'] >= 8
     own, shuffled = told['metrics']['Dice, own masks'], told['metrics']['Dice, shuffled masks']

@@ -200,10 +200,17 @@ def test_moments():
 
 
 def test_ssim_parts():
-    """SSIM of an image with itself is 1; of constants it is the luminance formula alone."""
+    """SSIM of an image with itself is 1; of constants the luminance formula alone; of a window of noise what the definition says."""
     x = torch.rand(2, 1, 16, 16, generator=generator('ssim')) * 2 - 1
     assert all((v - 1).abs().max() < 1e-5 for v in ssim_parts(x, x))
     luminance, structure = ssim_parts(torch.full((1, 1, 16, 16), 0.5), torch.full((1, 1, 16, 16), 0.2))
+    y, g = torch.rand(2, 1, 16, 16, generator=generator('other')) * 2 - 1, np.exp(-(np.arange(11) - 5) ** 2 / 4.5)     # sigma 1.5
+    w, found = np.outer(g, g) / g.sum() ** 2, torch.stack(ssim_parts(x, y), -1)[0, 0]
+    for i, j in ((0, 0), (3, 5)):
+        a, b = x[0, 0, i:i + 11, j:j + 11].double().numpy(), y[0, 0, i:i + 11, j:j + 11].double().numpy()
+        ma, mb = (w * a).sum(), (w * b).sum()
+        va, vb, ab = (w * (a - ma) ** 2).sum(), (w * (b - mb) ** 2).sum(), (w * (a - ma) * (b - mb)).sum()
+        assert found[i, j].tolist() == pytest.approx([(2 * ma * mb + 4e-4) / (ma ** 2 + mb ** 2 + 4e-4), (2 * ab + 3.6e-3) / (va + vb + 3.6e-3)], abs=1e-5)
     assert luminance.shape == (1, 1, 6, 6) and abs(float(luminance.mean()) - (0.2 + 4e-4) / (0.29 + 4e-4)) < 1e-5 and (structure - 1).abs().max() < 1e-3
 
 
