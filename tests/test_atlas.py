@@ -1,5 +1,6 @@
 """The atlas and the anatomy loss: information in closed form, known transforms found again, what is written, what is refused."""
 import gzip
+import itertools
 import json
 import math
 import os
@@ -353,9 +354,11 @@ def test_training(call, parcelled, phantom, tmp_path, capsys):
     assert 'anatomy: ' in capsys.readouterr().out
     (tmp_path / 'atlas.csv').write_text('label,plausible\n1003,0.5\n')
     assert train_seg.read_atlas(tmp_path / 'atlas.csv')[[4, 1003]].tolist() == [1, 0.5]
-    call('seg', tmp_path / 'hard', *flags, '--anatomy', 1, '--anatomy-mode', 'hard', '--iters', 3)
-    nets = [torch.load(tmp_path / n / 'ckpt.pt', weights_only=True)['net'] for n in ('on', 'hard')]
-    assert not all(torch.equal(nets[0][k], nets[1][k]) for k in nets[0])
+    for name, more in (('hard', ['--anatomy', 1, '--anatomy-mode', 'hard']), ('zero', ['--anatomy', 0]), ('off', []), ('half', ['--anatomy', 0.5])):
+        call('seg', tmp_path / name, *flags, *more)
+    weights = {n: torch.cat([v.flatten() for v in torch.load(tmp_path / n / 'ckpt.pt', weights_only=True)['net'].values()]) for n in ('on', 'hard', 'zero', 'off', 'half')}
+    apart = lambda a, b: float((weights[a] - weights[b]).norm())
+    assert apart('zero', 'off') == 0 and min(apart(a, b) for a, b in itertools.combinations(('on', 'hard', 'off', 'half'), 2)) > 0
     call('seg', tmp_path / 'on', *flags, '--anatomy', 1)
     assert 'complete at step 4' in capsys.readouterr().out
     for words, more in ((['--anatomy', '--slice-level'], ['--rflow', '--anatomy', 1]),

@@ -71,6 +71,11 @@ def test_interval_and_rescale(case):
     full = make_denoise(net, process, mask, guidance=Guidance(3.0, rescale=1.0, mask=null))(x, 0.3)[0]
     torch.testing.assert_close(spread(full), spread(c))
     assert (spread(make_denoise(net, process, mask, guidance=Guidance(3.0, mask=null))(x, 0.3)[0]) - spread(c)).abs().min() > 0.05
+    torch.testing.assert_close(full.mean((1, 2, 3)), c.mean((1, 2, 3)))
+    head = torch.zeros(1, 1, 8, 8)
+    head[..., 2:6, 2:6] = 1                                                # black outside, which no guidance may make grey
+    c, u = -1 + head * 1.6 * torch.rand(1, 1, 8, 8, generator=generator('c')), -1 + head * 0.8
+    assert (Guidance(3.0, rescale=0.7)(c, u) - c)[head == 0].abs().max() < 0.15
 
 
 def test_no_condition_is_not_an_empty_mask():

@@ -39,6 +39,16 @@ NETS = {'2D': (lambda: unet(), (torch.randn(2, 2, 16, 16), torch.tensor([0.3, 0.
         'detector': (lambda: randomise(common.Detector()), (torch.randn(2, 2, 16, 16),))}
 
 
+def test_bounds_stop_no_gradient():
+    """DDPM's x0_hat is bounded to [-1,1]; where it lies outside, the image is the bound and the gradient passes as if it were not."""
+    theta = torch.tensor(1.05, requires_grad=True)
+    denoise = make_denoise(lambda x, t, *_: theta.expand(x.shape), DDPM(10, target='x0'), clip=True)
+    image, = draft.drafted(denoise, torch.randn(2, 1, 4, 4), SAMPLERS['ddim'], DDPM(10, target='x0').times(5), DDPM(10, target='x0'), 1)
+    torch.testing.assert_close(image, torch.ones(2, 1, 4, 4))
+    image.sum().backward()
+    assert float(theta.grad) == pytest.approx(32)
+
+
 # -- adapters ---------------------------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,5 @@
 """sample.py: every flag once, what it leaves on disk, and that it says who an image was made from."""
+import argparse
 import csv
 import itertools
 import json
@@ -117,6 +118,21 @@ def test_adaptive(make, runs, phantom, flags, capsys):
     for r in rows:
         a, b = (read_nifti(o / r['folder'] / 'bravo.nii.gz')[0] for o in (out, alone))
         assert np.abs(a - b).max() < 1e-3
+
+
+@pytest.mark.parametrize('pair', [None, 'heun-euler'])
+def test_adaptive_cost_is_what_was_asked(pair, tmp_path, capsys):
+    """The printed forwards of one image are those that a counting network saw, refused steps among them."""
+    trace, asked = [], []
+
+    def denoise(x, t):
+        asked.append(t)
+        t = torch.as_tensor(t).reshape(-1, 1, 1, 1)
+        x_0 = torch.tanh(40 * (x - 0.3)) * (1 - t)                                        # stiff: steps are refused
+        return x_0, (x - (1 - t) * x_0) / t
+    common.sample_adaptive(denoise, torch.full((1, 1, 2, 2), 0.31), [1.0, 0.0], common.RFlow(), tol=0.01, pair=pair or 'bs23', trace=trace)
+    sample.plot_steps(tmp_path / 's.png', [tuple(map(torch.stack, zip(*trace)))], argparse.Namespace(pair=pair, tol=0.01), common.Guidance())
+    assert not all(bool(good) for _, _, good in trace) and f'adaptive: {len(asked)}.0 forwards an image' in capsys.readouterr().out
 
 
 def test_learned_steps_are_the_best():
