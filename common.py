@@ -3243,6 +3243,20 @@ def load_checkpoint(path):
     return load_file(path)
 
 
+def patient_id(name):
+    """What a checkpoint calls a patient: no name leaves the machine with it."""
+    return hashlib.sha1(name.encode()).hexdigest()[:12]
+
+
+def patients_seen(data, state, *files):
+    """Ids of all patients that a network learned from: the training patients of data, and what the checkpoint that it goes on from (state)
+    or those that it starts from (files; none among them are skipped) had seen. Sorted."""
+    seen = {patient_id(r['source'] or r['patient']) for r, part in zip(data.table, data.part) if part == 'train'}
+    for parent in [state] if state else [load_checkpoint(f) for f in files if f]:
+        seen.update(parent.get('seen') or () if isinstance(parent, dict) else ())
+    return sorted(seen)
+
+
 def weights_hash(tensors):
     """12 digits that name a set of weights."""
     return hashlib.sha256(b''.join(v.float().cpu().numpy().tobytes() for v in tensors.values())).hexdigest()[:12]
@@ -3372,7 +3386,7 @@ def load_run(path, device='cpu', dtype='fp32', weights='ema'):
     """A trained network for any script: net (eval), process, args, step, box, spacing, hash. path: run folder or checkpoint.
 
     weights: ema, raw, or a number: that far from raw (0) to ema (1), the LoRA scale of a run of draft.py. spacing: median pixel (y, x),
-    of a volume (z, y, x), in mm of the training slices. hash: of the weights, for manifests.
+    of a volume (z, y, x), in mm of the training slices. hash: of the weights, for manifests. seen: patients_seen, none: it does not say.
     """
     state = load_checkpoint(path)
     if not isinstance(state, dict) or not {'args', 'ema', 'box', 'in_channels'} <= state.keys():
@@ -3392,7 +3406,7 @@ def load_run(path, device='cpu', dtype='fp32', weights='ema'):
     process.space = Space(state.get('space'), args.volume, state['out_channels']).to(device)
     return argparse.Namespace(net=channels_last(net.to(device)).eval(), process=process,
                               args=args, step=state['step'], box=tuple(state['box']), spacing=tuple(state['spacing']),
-                              hash=weights_hash(tensors), path=str(path))
+                              hash=weights_hash(tensors), path=str(path), seen=state.get('seen'))
 
 
 def checked(recent, done, args):

@@ -289,6 +289,7 @@ def main(args):
         save_grid(path, [[outline(i, m, zoom=zoom) for i, m in zip(before[:8, 0].numpy(), masks)], list(before[:8, 0]), list(images[:8, 0]),
                          list(images[:8, 0] - before[:8, 0])], ['mask', 'before', 'after', 'difference'], zoom)
 
+    seen = patients_seen(data, state, args.bravo)
     carried = {k: v for k, v in load_checkpoint(args.bravo).items() if k not in ('net', 'ema', 'opt', 'step', 'args', 'ema_updates')}
 
     def save(step, best):
@@ -299,7 +300,7 @@ def main(args):
         put(now)
         if rank() == 0:
             about = dict(base=run.hash, reward=detector.hash, draft=True, lora_rank=args.rank, lora_alpha=args.alpha)
-            save_checkpoint(out, dict(carried, net=base, ema=ema, lora=now, best=lora, best_step=best_step, curve=curve, opt=opt.state_dict(),
+            save_checkpoint(out, dict(carried, seen=seen, net=base, ema=ema, lora=now, best=lora, best_step=best_step, curve=curve, opt=opt.state_dict(),
                                       step=step, args={**plain(run.args), **about}, draft=plain(args)))
 
     # the loop

@@ -259,10 +259,11 @@ def real_like(args, made, names=('bravo',), parts=()):
 
 
 def refuse_seen(root, made, data, parts):
-    """Fails where a patient of these parts was a training patient of the run that made the set; older sets do not say."""
-    known = made.get('parts', {})
+    """Fails where a patient of these parts was a training patient of the runs that made the set, or of those that they started from."""
+    if parts and made.get('seen') is None:
+        print0(f'note: {root} does not say whom its run was trained on (an older run); see to it yourself that no {" or ".join(parts)} patient was among them')
     for row, part in zip(data.table, data.part):
-        if part in parts and known.get(row['patient']) == 'train':
+        if part in parts and patient_id(row['patient']) in (made.get('seen') or ()):
             fail(f'{root}: patient {row["patient"]} was a training patient of the run that made it, here it is in the {part} part; '
                  'give that run\'s split.csv with --split')
 

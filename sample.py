@@ -505,10 +505,9 @@ class Set:
         head = HEADER + (HARD if args.hard_cases else [])
         self.headers = {'manifest': head + JUDGED, 'rejected': REJECTED} if judge.on else {'manifest': head}
         same = {k: v for k, v in plain(args).items() if k not in ('n', 'batch_size', 'splits', 'device', 'compile', 'out', 'cache', 'max_draws', 'rate')}
-        seen = [(Path(r.path) if Path(r.path).is_dir() else Path(r.path).parent) / 'split.csv' for r in runs.values()]
-        parts = sorted({(p['patient'], p['part']) for f in seen if f.exists() and (f.parent / 'args.json').exists() for p in read_csv(f)}, key=lambda p: p[1] == 'train')      # of any run wins
+        seen = [r.seen for r in runs.values()]
         same.update({k: r.hash for k, r in runs.items()}, pixels=last.args.size, box=list(last.box), labels=last.args.labels, speck=last.args.speck,
-                    parts=dict(parts), per_patient=bool(args.per_patient) or None,
+                    seen=None if None in seen else sorted({i for some in seen for i in some}), per_patient=bool(args.per_patient) or None,
                     gate=judge.detector and judge.detector.hash, hard=args.hard_cases and hashlib.sha256(Path(args.hard_cases).read_bytes()).hexdigest(), dual=last.args.dual,
                     asked=[[[None if math.isnan(v) else round(float(v), 6) for v in lesion] for lesion in r] for r in requests])
         note = self.out / 'sample.json'

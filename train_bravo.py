@@ -346,7 +346,7 @@ def vae_stage(step, args):
     return 2 * step * len(VAES['multiscale']) // args.iters
 
 
-def train_vae(args, state, data, rows, val, device):
+def train_vae(args, state, data, rows, val, seen, device):
     """Trains an autoencoder: L1 + VGG16 distance + KL + patch GAN. Run folder, resume and random numbers as the image model's.
 
     The loss is per pixel: mean L1 + K KL / pixels = (summed L1 + K KL) / pixels, K = --kl. The usual K = 1e-6 belongs to sums (Rombach
@@ -459,7 +459,7 @@ def train_vae(args, state, data, rows, val, device):
         if keep and rank() == 0:
             save_checkpoint(out, dict(net=net.state_dict(), ema=ema.net.state_dict(), ema_updates=ema.updates, disc=disc.state_dict(),
                                       opt=opt.state_dict(), step=done, args=plain(args), box=list(data.box), spacing=spacing, in_channels=1,
-                                      out_channels=1, extra_dim=0), args.keep_every)
+                                      out_channels=1, extra_dim=0, seen=seen), args.keep_every)
         if signum and not final:
             bar.close()
             print0(f'{out}: stopped by signal {signum} and saved at step {done}; the same command goes on')
@@ -599,9 +599,9 @@ def main(args):
     state = None if args.dry_run else open_run(args)
     print0(f'{out}: preset {args.preset}, {args.device}, {args.dtype}' + (f', going on from step {state["step"]}' if state else ''))
     roots = args.data or [phantom_root(args.cache)]
-    seen = state or (load_run(args.init).__dict__ if args.reflow else args.latent and read_autoencoder(args.latent)[1])    # pairs and autoencoders have a box
+    known = state or (load_run(args.init).__dict__ if args.reflow else args.latent and read_autoencoder(args.latent)[1])   # pairs and autoencoders have a box
     sizes = args.progressive or (args.size,)                                 # data has the last one: what the run is for
-    sets = {s: load_slices(roots, s, args.dual or ('bravo',), seen and seen['box'], args.split, args.cache, args.labels, args.speck, depth=args.volume) for s in sizes}
+    sets = {s: load_slices(roots, s, args.dual or ('bravo',), known and known['box'], args.split, args.cache, args.labels, args.speck, depth=args.volume) for s in sizes}
     data = sets[args.size]
     rows, val = data.rows('train', args.empty_slices, args.seed), data.rows('val', args.empty_slices, args.seed)
     if not len(rows):
@@ -611,9 +611,10 @@ def main(args):
     rows = np.arange(len(pairs.image)) if pairs else rows
     level = torch.tensor([r['level'] for r in data.table])
     lower = below(data.table, args.neighbours)
+    seen = patients_seen(data, state, args.init, args.latent)
     print0(f'training on {len(rows)} {"pairs" if pairs else "volumes" if args.volume else "slices"}, held out {len(val)}')
     if args.vae:
-        return train_vae(args, state, data, rows, val, device)
+        return train_vae(args, state, data, rows, val, seen, device)
 
     def batch(picked, size=args.size):
         """Images in [-1,1] (B,1,[D,]S,S), with --dual (B,2,S,S), masks in {0,1} (B,1,[D,]S,S), slice level (B,1) or None, on the CPU."""
@@ -774,7 +775,8 @@ def main(args):
             save_checkpoint(out, dict(net=net.state_dict(), ema=ema.net.state_dict(), ema_updates=ema.updates, opt=opt.state_dict(),
                                       step=step, args=plain(args), box=list(data.box), spacing=list(spacing),
                                       in_channels=net.in_channels, out_channels=space.channels,
-                                      extra_dim=int(args.slice_level), loss_by_t=losses.sums.cpu(), space=space.about, curriculum=curriculum.state), args.keep_every)
+                                      extra_dim=int(args.slice_level), loss_by_t=losses.sums.cpu(), seen=seen, space=space.about,
+                                      curriculum=curriculum.state), args.keep_every)
             losses.write(out / 'loss_by_t.csv')
 
     if rank() == 0:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import evaluate
-from common import read_csv, write_csv
+from common import patient_id, read_csv, write_csv
 from evaluate import (METRICS, MedNeXt, PlainUNet, border_distances, compare_arms, hodges_lehmann, intensity, lesion_rows, lesion_wise, nnunet_augment,
                       patient_metrics, segmentation_loss, signed_rank, spatial, train_segmenter, upkern)
 
@@ -246,8 +246,8 @@ def study(phantom, cache, trained, call, tmp_path_factory):
     write_csv(root / 'split.csv', ['patient', 'part'], [(n, 'train' if i < 9 else 'test') for i, n in enumerate(names)])
     for k in (0, 1):
         call('sample', root / f'set{k}', '--bravo', trained / 'bravo', '--data', phantom, '--split', root / 'split.csv', '--n', 6, '--steps', 2, '--seed', k)
-        file = root / f'set{k}/sample.json'                                                # the run had another split; an older set does not say
-        file.write_text(json.dumps({**json.loads(file.read_text()), 'parts': {}}))
+        file = root / f'set{k}/sample.json'                                                # the run had another split
+        file.write_text(json.dumps({**json.loads(file.read_text()), 'seen': []}))
 
     def go(*flags):
         first = ['downstream', '--data', phantom, '--split', root / 'split.csv', '--cache', cache, '--device', 'cpu', '--out', root / 'out', '--fake', root / 'set0',
@@ -283,7 +283,7 @@ def test_study(study, monkeypatch, capsys):
     study('--arms', 'real', 'both', 'real_aug', 'both_aug', 'synthetic')
     assert trainings == [(33, False)] and (out / 'metrics.json').read_bytes() == before
     made, test = (study.root / 'set0/sample.json').read_text(), sorted(p['patient'] for p in patients)[0]
-    (study.root / 'set0/sample.json').write_text(json.dumps({**json.loads(made), 'parts': {test: 'train'}}))
+    (study.root / 'set0/sample.json').write_text(json.dumps({**json.loads(made), 'seen': [patient_id(test)]}))
     with pytest.raises(SystemExit) as e:
         study()
     assert e.value.code == 2 and f'set0: patient {test} was a training patient' in capsys.readouterr().err

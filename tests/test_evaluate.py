@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import evaluate
-from common import centred, load_slices, read_csv, ssim_parts, write_csv, write_patient
+from common import centred, load_slices, patient_id, read_csv, ssim_parts, write_csv, write_patient
 from evaluate import (copies, dice, distances, draw, frechet, kid, lesions, match, memorisation, ms_ssim, outside, polynomial_kernel, prdc,
                       principal, radial_spectrum, spearman, train_segmenter, traits, wasserstein)
 
@@ -324,7 +324,7 @@ def test_cycle(trained, call, phantom, cache, tmp_path, monkeypatch, capsys):
     names = sorted(f.name for f in phantom.iterdir())
     write_csv(tmp_path / 'split.csv', ['patient', 'part'], [(n, ('train', 'judge', 'test', 'train')[i % 4]) for i, n in enumerate(names)])
     fake = call('sample', tmp_path / 'set', '--bravo', trained / 'bravo', '--data', phantom, '--split', tmp_path / 'split.csv', '--n', 12, '--steps', 2)
-    made = {**json.loads((fake / 'sample.json').read_text()), 'parts': {}}                        # the run had another split; an older set does not say
+    made = {**json.loads((fake / 'sample.json').read_text()), 'seen': []}                         # the run had another split
     (fake / 'sample.json').write_text(json.dumps(made))
     run = lambda *flags: evaluate.main(evaluate.get_args(['cycle', '--fake', str(fake), '--data', str(phantom), '--out', str(tmp_path / 'out'), '--cache', str(cache),
                                                           '--repeats', '20', '--device', 'cpu', *flags]))
@@ -350,8 +350,8 @@ def test_cycle(trained, call, phantom, cache, tmp_path, monkeypatch, capsys):
     by_hand = [np.mean([dice(m, v)[0] for q, some in of.items() if q != p for v in some]) for p, mine in of.items() for m in mine]
     assert len(of) == 3 and shuffled['floor'] == pytest.approx(np.mean(by_hand))
     seen = next(iter(of))
-    for split, ok in (({seen: 'judge'}, True), ({seen: 'train'}, False)):
-        (fake / 'sample.json').write_text(json.dumps(dict(made, parts=split)))
+    for who, ok in ((['0' * 12], True), (None, True), ([patient_id(seen)], False)):
+        (fake / 'sample.json').write_text(json.dumps(dict(made, seen=who)))
         with contextlib.nullcontext() if ok else pytest.raises(SystemExit) as e:
             run('--split', str(tmp_path / 'split.csv'), '--train-steps', '7')
     assert e.value.code == 2 and f'{fake}: patient {seen} was a training patient of the run that made it, here it is in the test part' in capsys.readouterr().err

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+import analysis
 import common
 import sample
 import train_bravo
@@ -81,7 +82,22 @@ def test_labels_of_the_run(make, runs, phantom, tmp_path):
     made = common.load_slices([out], 16, cache=out.parent / 'c', labels=[2])                      # labels are of real masks; a set's say 1
     assert made.masks[..., 9:].sum() == 0 < made.masks.sum()
     note = json.loads((out / 'sample.json').read_text())
-    assert note['labels'] == [2] and note['speck'] == 0 and note['parts'] == {f.name: part_of(f.name) for f in phantom.iterdir()}
+    assert note['labels'] == [2] and note['speck'] == 0 and note['seen'] == sorted(common.patient_id(f.name) for f in phantom.iterdir() if part_of(f.name) == 'train')
+
+
+def test_a_run_remembers_whom_its_parents_saw(call, phantom, tmp_path):
+    """Trained on three patients, gone on with on three others: both are seen, by the released file and by its set too, and no name is in the file."""
+    names = sorted(f.name for f in phantom.iterdir())
+    for k in (0, 3):
+        common.write_csv(tmp_path / f'{k}.csv', ['patient', 'part'], [(n, 'train' if k <= i < k + 3 else 'test') for i, n in enumerate(names)])
+    first = call('bravo', tmp_path / 'first', '--rflow', '--iters', 1, '--split', tmp_path / '0.csv')
+    second = call('bravo', tmp_path / 'second', '--rflow', '--iters', 1, '--split', tmp_path / '3.csv', '--init', first)
+    wanted = sorted(common.patient_id(n) for n in names[:6])
+    analysis.main(analysis.get_args(['release', str(second), str(tmp_path / 'small.pt')]))
+    assert common.load_run(first).seen == sorted(common.patient_id(n) for n in names[:3]) and common.load_run(tmp_path / 'small.pt').seen == wanted
+    assert call('bravo', second, '--rflow', '--iters', 1, '--split', tmp_path / '3.csv', '--init', first) and common.load_run(second).seen == wanted
+    made = call('sample', tmp_path / 'set', '--bravo', tmp_path / 'small.pt', '--data', phantom, '--split', tmp_path / '3.csv', '--n', 1, '--steps', 1)
+    assert json.loads((made / 'sample.json').read_text())['seen'] == wanted and names[0].encode() not in (tmp_path / 'small.pt').read_bytes()
 
 
 def test_masks_of_a_folder(make, runs):
