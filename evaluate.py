@@ -838,6 +838,8 @@ def finish_downstream(args):
         fail(f'--kernel {args.kernel}: is of MedNeXt; --network nnunet has 3')
     if args.engine == 'nnunetv2' and (args.network != 'nnunet' or args.optimizer != 'sgd' or args.cross_validate or not args.iters):
         fail('--engine nnunetv2: needs --iters N (its own recipe has 250000), --network nnunet, --optimizer sgd and no --cross-validate')
+    if args.engine == 'nnunetv2' and args.iters > 20 and args.iters % 20:
+        fail(f'--iters {args.iters}: nnU-Net trains in 20 equal epochs; give {args.iters // 20 * 20} or {args.iters // 20 * 20 + 20}')
     for program in NNUNET if args.engine == 'nnunetv2' else ():
         if not shutil.which(program):
             fail(f'--engine nnunetv2: no {program} on the PATH; python3 -m venv nnunet && nnunet/bin/pip install nnunetv2, then PATH="$PWD/nnunet/bin:$PATH"')
@@ -1226,7 +1228,7 @@ def nnunetv2(args, name, steps, augmented, device):
             atomic_write(plans / 'splits_final.json', json.dumps(folds, indent=1).encode())
         epochs = min(20, steps)
         (root / 'trainer').mkdir(exist_ok=True)
-        (root / 'trainer/short.py').write_text(TRAINER.format(epochs=epochs, steps=round(steps / epochs)))
+        (root / 'trainer/short.py').write_text(TRAINER.format(epochs=epochs, steps=steps // epochs))
         how = ('-device', torch.device(device).type, '-tr', 'nnUNetTrainerShort' if augmented else 'nnUNetTrainerShortNoDA')
         if not (root / f'results_{seed}' / here / f'{how[-1]}__nnUNetPlans__2d/fold_0/checkpoint_final.pth').exists():
             run(NNUNET[1], '1', '2d', '0', *how, '--c')

@@ -78,7 +78,7 @@ def fake(tmp_path_factory):
 @pytest.fixture
 def study(phantom, cache, fake, tmp_path):
     def go(*flags):
-        evaluate.main(evaluate.get_args(['downstream', '--engine', 'nnunetv2', '--data', str(phantom), '--fake', str(fake), '--iters', '50', '--seeds', '1', '--repeats', '20',
+        evaluate.main(evaluate.get_args(['downstream', '--engine', 'nnunetv2', '--data', str(phantom), '--fake', str(fake), '--iters', '40', '--seeds', '1', '--repeats', '20',
                                          '--batch-size', '12', '--width', '8', '--device', 'cpu', '--cache', str(cache), '--out', str(tmp_path / 'out'), *map(str, flags)]))
         return tmp_path / 'out'
     return go
@@ -138,6 +138,9 @@ def test_a_study(study, programs, phantom, fake, cache, capsys):
     assert json.loads((out / 'metrics.json').read_text())['arms']['both_aug']['Dice'][0] == pytest.approx(np.mean(want)) and min(want) < max(want)
     study('--arms', 'real', 'both_aug')
     assert len(calls(programs)) == 7
+    with pytest.raises(SystemExit) as e:
+        study('--iters', 50)
+    assert e.value.code == 2 and '--iters 50: nnU-Net trains in 20 equal epochs; give 40 or 60' in capsys.readouterr().err
 
 
 def test_plans_once_for_all_seeds(study, programs):
