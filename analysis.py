@@ -339,17 +339,29 @@ def patients(args):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+SEVERITIES = ('1', '2', '3')
+
+
+def weighted_kappa(a, b):
+    """Cohen's kappa of two raters' whole numbers with linear weights (Cohen 1968): 1 - mean |a - b| / the same of independent draws."""
+    chance = np.abs(np.subtract.outer(a, b)).mean()
+    return float(1 - np.abs(a - b).mean() / chance) if chance else math.nan
+
+
 def agreement_row(name, columns, answers, repeats):
-    """A row of the agreement table: columns (N,m) of what m raters answered, with intervals from a bootstrap over images."""
+    """A row of the agreement table: columns (N,m) of what m raters answered, with intervals from a bootstrap over images. Of two raters'
+    grades (SEVERITIES) kappa is the weighted one."""
     codes = np.array([[answers.index(a) for a in row] for row in columns])
     one = np.eye(len(answers))[codes]                                                             # (N, m, J)
 
     def measure(i):
-        return agreement(one[i].sum(1), one[i].mean(0) if codes.shape[1] == 2 else None)
+        told = agreement(one[i].sum(1), one[i].mean(0) if codes.shape[1] == 2 else None)
+        return dict(told, kappa=weighted_kappa(*codes[i].T)) if graded else told
 
+    graded = answers == SEVERITIES and codes.shape[1] == 2
     at, draws = measure(np.arange(len(codes))), [measure(torch.randint(len(codes), (len(codes),), generator=generator('agree', k)).numpy()) for k in range(repeats)]
     cell = lambda k: '{:.3f} [{:.3f}, {:.3f}]'.format(at[k], *(np.nanpercentile([d[k] for d in draws], (2.5, 97.5)) if any(d[k] == d[k] for d in draws) else (math.nan,) * 2))
-    return [name, len(codes), 'Cohen' if codes.shape[1] == 2 else 'Fleiss', f'{at["po"]:.3f}', f'{at["pe"]:.3f}', cell('kappa'), cell('ac1')]
+    return [name, len(codes), 'Cohen, weighted' if graded else 'Cohen' if codes.shape[1] == 2 else 'Fleiss', f'{at["po"]:.3f}', f'{at["pe"]:.3f}', cell('kappa'), cell('ac1')]
 
 
 def taxonomy(args):
@@ -383,7 +395,8 @@ def taxonomy(args):
     for a in raters:
         both[f'{a} again'] = [(first[k[1:]][a], r) for k, r in again.items() if k[0] == a and a in first.get(k[1:], {})]
     for name, rows in both.items():
-        for what, options, rows_ in (('verdict', ('good', 'bad', 'unsure'), rows), ('class', CLASSES, [v for v in rows if all(r['class'] for r in v)])):
+        for what, options, rows_ in (('verdict', ('good', 'bad', 'unsure'), rows), ('class', CLASSES, [v for v in rows if all(r['class'] for r in v)]),
+                                     ('severity', SEVERITIES, [v for v in rows if all(r['severity'] in SEVERITIES for r in v)])):
             if len(rows_) > 1:
                 table.append(agreement_row(f'{name}, {what}', [[r[what] for r in v] for v in rows_], options, args.repeats))
     header = ['who', 'images', 'kappa of', 'agree', 'by chance', 'kappa', 'AC1']

@@ -662,7 +662,7 @@ def draw_stacks(args, run, masks, made, out):
                     print0(f'{out}: stopped by signal {stop.signum}; the same command goes on')
                     raise SystemExit(128 + stop.signum)
                 mask = torch.from_numpy(np.stack([stacks[b][z][0] for b, z in part])).float()[:, None].to(device)
-                level = torch.tensor([z / (len(stacks[b]) - 1) for b, z in part])
+                level = torch.tensor([z / (len(stacks[b]) - 1) if stacks[b][z][1] is None else stacks[b][z][1] for b, z in part], dtype=torch.float32)
                 near = [[volumes[b][z - j] if z >= j else np.zeros_like(volumes[b][0]) for j in range(1, K + 1)] for b, z in part]
                 keys = [[(ids[b], 'slice', y) for y in range(0 if args.rho else z, z + 1)] for b, z in part]
                 x_0 = draw(run, args, keys, 'image', args.steps, mask, level, near=torch.from_numpy(np.array(near)).to(device) if K else None)

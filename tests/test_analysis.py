@@ -257,7 +257,13 @@ def test_taxonomy(call, trained, phantom, tmp_path, capsys):
     assert {c: float(r['images']) for c, r in table.items() if float(r['images'])} == dict(anatomical=1.5, boundary=0.5, artefact=1, textural=1)
     assert float(table['artefact']['share of bad']) == 0.25 and float(table['artefact']['high']) == pytest.approx(common.wilson(1, 4)[1], abs=1e-3)
     told = {r['who']: r for r in common.read_csv(tmp_path / 'out/agreement.csv')}
-    assert told.keys() == {'a and b, verdict', 'a and b, class', 'a again, verdict'}
+    assert told.keys() == {'a and b, verdict', 'a and b, class', 'a and b, severity', 'a again, verdict'}
+    assert told['a and b, severity']['kappa of'] == 'Cohen, weighted' and told['a and b, severity']['kappa'].startswith('1.000') and told['a and b, class']['kappa of'] == 'Cohen'
+    a, b = np.array([1, 1, 2, 3, 3, 2]), np.array([1, 2, 2, 3, 1, 3])                            # 1 - sum w O / sum w E over the table
+    O = np.zeros((3, 3))
+    np.add.at(O, (a - 1, b - 1), 1 / 6)
+    w = np.abs(np.subtract.outer(np.arange(3), np.arange(3)))
+    assert analysis.weighted_kappa(a, b) == pytest.approx(1 - (w * O).sum() / (w * np.outer(O.sum(1), O.sum(0))).sum()) and math.isnan(analysis.weighted_kappa(a[:2], a[:2]))
     assert told['a and b, verdict']['images'] == '6' and float(told['a and b, verdict']['agree']) == pytest.approx(5 / 6, abs=1e-3)
     assert told['a and b, verdict']['kappa'].startswith(f'{both([[2, 0], [1, 3]])["kappa"]:.3f}') and told['a and b, class']['images'] == '3'
     assert float(told['a again, verdict']['agree']) == 1 and told['a again, verdict']['AC1'].startswith('1.000')
