@@ -149,6 +149,9 @@ def test_fft_loss():
     F_hat, F_0 = (torch.fft.fft2(v, norm='ortho') for v in (other, x))
     assert float((F_hat - F_0).abs().square().mean()) == pytest.approx(float((other - x).square().mean()), rel=1e-5)
     assert train_bravo.fft_loss(x.roll((3, 5), (2, 3)), x, t, process, 0, 1) < 1e-3 < train_bravo.fft_loss(x * 1.5, x, t, process, 0, 1)
+    smooth = x + 8                                                               # no bin near the 1e-3 that keeps the logarithm finite, but DC's
+    assert float(train_bravo.fft_loss(1.5 * x, x, t, process, 0, 1)) == pytest.approx(2 * math.log(1.5), rel=0.01)           # of two images that count
+    assert train_bravo.fft_loss(smooth, x, t, process, 0, 1) < 1e-3              # the mean intensity does not
     y = (x * 0.9).requires_grad_()
     apart = torch.fft.fft2(y.detach()[:2] - x[:2], norm='ortho').abs()
     w = apart / apart.amax((-2, -1), keepdim=True)

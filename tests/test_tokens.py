@@ -141,6 +141,15 @@ def test_requests_are_a_set(name):
         assert (net(x, t, other) - out).abs().max() > 1e-2 * out.std()
 
 
+def test_mask_tokens_know_their_place():
+    """MMDiT's second stream is a set: without a position a mask in another corner would be the same mask."""
+    net, (x, t) = scramble(make('mmdit', in_channels=2)).requires_grad_(False), (torch.randn(1, 1, 8, 8), torch.tensor([0.4]))
+    masks = [torch.zeros(1, 1, 8, 8) for _ in range(2)]
+    masks[0][..., :4, :4], masks[1][..., 4:, 4:] = 1, 1
+    a, b = (net(torch.cat([x, m], 1), t) for m in masks)
+    assert (a - b).abs().max() > 1e-2 * a.std()
+
+
 def test_one_stream_alone_is_dit():
     """With no token in the second stream, MMDiT's block is DiT's: with queries and keys normalised, and with the norms off."""
     block, g = scramble(JointBlock(24, 2)), generator('alone')
