@@ -25,7 +25,7 @@ def get_args(argv=None):
     g = p.add_argument_group('gradient')
     g.add_argument('--k', type=number(int, 1), default=1, help='the last solver steps that it goes through; all of --steps: DRaFT in full')
     g.add_argument('--lv', type=number(int, 0), default=0, help='more denoisings of each image from the last solver time (DRaFT-LV)')
-    g.add_argument('--sampler', choices=tuple(s for s in SAMPLERS if s not in ('adaptive', 'maisi')), help='none: euler for RFlow, ddim for DDPM')
+    g.add_argument('--sampler', choices=tuple(s for s in SAMPLERS if s not in ('adaptive', 'maisi')), help='none: dpm++ for RFlow, ddim for DDPM')
     g.add_argument('--steps', type=number(int, 1), help='solver steps; none: 25 for RFlow, 50 for DDPM')
     g.add_argument('--checkpoint', action=argparse.BooleanOptionalAction, help='keep no activations, compute them again (memory for time); none: for --k above 1')
     g.add_argument('--reward-augment', action=argparse.BooleanOptionalAction, default=True, help='flip and shift images before they are judged')

@@ -56,7 +56,7 @@ def get_args(argv=None):
     g.add_argument('--reject-copies', nargs='+', metavar='DIR', help='real patients: draw again what correlates with a training slice more than other patients\' do')
     g.add_argument('--max-draws', type=number(int, 1), metavar='M', help='draws for one image at most; none: 20, or 20 times --best-of')
     g = p.add_argument_group('solver')
-    g.add_argument('--sampler', choices=tuple(SAMPLERS), help='none: euler for RFlow, ddim for DDPM')
+    g.add_argument('--sampler', choices=tuple(SAMPLERS), help='none: dpm++ for RFlow, ddim for DDPM; euler with --steps-file')
     g.add_argument('--steps', type=number(int, 1), help='solver steps of the image; none: 25 for RFlow, 50 for DDPM, all for ddpm')
     g.add_argument('--seg-steps', type=number(int, 1), help='solver steps of the mask; none: 25 for RFlow, 50 for DDPM')
     g.add_argument('--eta', type=number(float, 0, 1), default=0.0, help='noise of ddim, 1 = ancestral')
@@ -162,7 +162,7 @@ def get_args(argv=None):
 
 def solver(run, args, steps):
     """Fills in what was not asked for: the name of the sampler, its steps and whether x0_hat is clipped."""
-    name, steps, clip = default_solver(run.args, args.sampler, steps)
+    name, steps, clip = default_solver(run.args, args.sampler or ('euler' if args.steps_file else None), steps)           # whose jumps they were learned for
     if name == 'adaptive' and not run.args.rflow:
         fail(f'--sampler adaptive: is for RFlow; {run.path} is DDPM, use dpm++ or ddim')
     if name == 'maisi' and run.args.maisi != 'rflow':

@@ -51,7 +51,7 @@ def test_pairs(pairs, call, trained, phantom, tmp_path):
         assert np.array_equal(shard['noise'][k], torch.randn(1, 16, 16, generator=generator(0, 'image', int(i))).numpy())
     with torch.no_grad():
         denoise = common.make_denoise(run.net, run.process, torch.from_numpy(shard['mask']).float())
-        again = common.sample_euler(denoise, torch.from_numpy(shard['noise']), run.process.times(4), run.process)
+        again = common.sample_dpmpp(denoise, torch.from_numpy(shard['noise']), run.process.times(4), run.process)
     assert (again - torch.from_numpy(shard['image'])).abs().max() < 1e-4
     before = {f: (pairs / f).read_bytes() for f in files}
     stamp = (pairs / files[0]).stat().st_mtime_ns

@@ -505,12 +505,12 @@ def test_a_set_with_other_flags_is_refused(call, trained, pair, tmp_path, capsys
 def test_the_batch_and_the_number_asked_for_change_no_image(call, pair, tmp_path, monkeypatch):
     """Batches of 1 and 4: the same noise to the bit, images within 1e-4. n=3 and n=8: the same first three."""
     flags = [*pair, '--steps', 4, '--seg-steps', 4]
-    noise, real = {}, sample.SAMPLERS['euler']
+    noise, real = {}, sample.SAMPLERS['dpm++']
 
     def spy(denoise, x, *args, **kw):
         noise.setdefault(name, []).append(x.clone())
         return real(denoise, x, *args, **kw)
-    monkeypatch.setitem(sample.SAMPLERS, 'euler', spy)
+    monkeypatch.setitem(sample.SAMPLERS, 'dpm++', spy)
     for name, n, batch in (('1', 8, 1), ('4', 8, 4), ('3', 3, 4)):
         call('sample', tmp_path / name, *flags, '--n', n, '--batch-size', batch)
     take = lambda name, k: torch.cat(noise[name][k::2])                        # masks and images take turns
