@@ -211,7 +211,8 @@ def main(args):
         thrice = lambda v: v if v is None else torch.cat([v] * 3)
         denoise = make_denoise(ema.net, process, None, thrice(tokens(x_0)), thrice(extra), args.dtype, clip=not args.rflow)
         noise = torch.cat([torch.randn(x_0.shape, generator=generator('picture', k)) for k in range(3)]).to(device)
-        made = sample_ddim(denoise, noise, process.times(min(25 if args.rflow else 50, args.steps or 25), own=True), process)
+        sampler, steps, _ = default_solver(args)
+        made = SAMPLERS[sampler](denoise, noise, process.times(steps, own=True), process)
         rows_ = process.from_range(made).float().cpu()[:, 0].chunk(3)
         save_grid(path, [views(v, v > 0) for v in (x_0.cpu()[:, 0], *rows_)], ['real', 'generated', 'generated 2', 'generated 3'], max(1, 128 // size))
 
