@@ -178,7 +178,7 @@ def differences(sets, metrics):
 
     def cell(n, m):
         gap = sets[n]['metrics'][m]['fake'] - sets[first]['metrics'][m]['fake']
-        low, high = centred(gap, [float(a[m]) - float(b[m]) for a, b in zip(draws[n], draws[first])])
+        low, high = (round(v, 3) + 0.0 for v in centred(gap, [float(a[m]) - float(b[m]) for a, b in zip(draws[n], draws[first])]))
         return f'{gap:+.3f} [{low:+.3f}, {high:+.3f}]{"*" if low * high > 0 else ""}'
 
     return names, [[m, *(cell(n, m) for n in names)] for m in metrics]
