@@ -683,9 +683,10 @@ def draw_stacks(args, run, masks, made, out):
     barrier()
 
 
-def bake_sparse(net, device, dtype):
-    """Folds the masks of --sparse24 into the weights, the same values without their making. On a GPU in bf16, the linears whose shape the
-    sparse kernels take are stored compressed and multiplied by those: tried with a product each, as support differs from card to card."""
+@torch.no_grad()
+def bake_sparse(net, device, dtype, always=False):
+    """Folds the masks of --sparse24 into the weights, the same values without their making. On a GPU in bf16, a linear whose shape the
+    sparse kernels take is multiplied by those if that is faster there (always: even if not): on one H200 with torch 2.11 it never was."""
     layers = {n: m for n, m in net.named_modules() if parametrize.is_parametrized(m, 'weight')}
     packed = 0
     for name, m in layers.items():
@@ -693,14 +694,36 @@ def bake_sparse(net, device, dtype):
         parametrize.remove_parametrizations(m, 'weight')
         fits = isinstance(m, nn.Linear) and m.out_features % 32 == m.in_features % 64 == 0 and not {*name.split('.')} & {'time_embed', 'extra_embed', 'ada'}
         if device == 'cuda' and dtype == 'bf16' and not dense and fits:        # what modulates tokens is computed in fp32
-            try:
-                weight = torch.sparse.to_sparse_semi_structured(m.weight.detach().bfloat16().contiguous())
-                F.linear(torch.ones(128, m.in_features, device=device, dtype=torch.bfloat16), weight)
-            except (RuntimeError, NotImplementedError):                        # this card or this torch has no kernel for it
-                continue
-            m.weight, packed = nn.Parameter(weight, requires_grad=False), packed + 1
+            packed += pack(m, always)
     if layers:
         print0(f'2:4 sparsity: {packed} of {len(layers)} sparse layers run on sparse kernels, the others as dense ones with zeros')
+
+
+def pack(linear, always):
+    """Puts a 2:4 sparse linear on the GPU's sparse kernels if there is one for it and, on 16,384 tokens, it is faster. Returns whether it did."""
+    weight, x = linear.weight, torch.ones(16, linear.in_features, 1024, device='cuda', dtype=torch.bfloat16).transpose(1, 2)   # strided as a U-Net's tokens are
+    hook = linear.register_forward_pre_hook(lambda layer, inputs: (inputs[0].contiguous(),))                                  # the kernels take no such tokens
+
+    def seconds():
+        linear(x)
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(20):
+            linear(x)
+        torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    with autocast('cuda', 'bf16'):
+        limit = math.inf if always else seconds()
+        try:
+            linear.weight = nn.Parameter(torch.sparse.to_sparse_semi_structured(weight.bfloat16().contiguous()), requires_grad=False)
+            if seconds() < limit:
+                return True
+        except (RuntimeError, NotImplementedError):                            # this card or this torch has no kernel for it
+            pass
+    linear.weight = weight
+    hook.remove()
+    return False
 
 
 @torch.no_grad()

@@ -1,15 +1,19 @@
-"""Our U-Net beside MONAI's DiffusionModelUNet, our Autoencoder beside its AutoencoderKL: same weights, inputs, precision and optimiser.
+"""Our networks beside their peers, same weights, inputs, precision and optimiser: the U-Net and MONAI's DiffusionModelUNet, the
+Autoencoder and its AutoencoderKL, DiT and diffusers'.
 
     python tests/bench.py                                    (in an environment with tests/parity/requirements.txt; ten minutes)
     python tests/bench.py --shapes small --precisions fp32 --rounds 20
-    python tests/bench.py --tokens --precisions fp32         (instead: DiT beside diffusers', and what twice the tokens cost)
+    python tests/bench.py --tokens --precisions fp32         (instead: what twice the tokens cost, attention beside Mamba)
+    python tests/bench.py --lean                             (instead: pure bf16 beside autocast; on a GPU 2:4 beside dense too)
 
-Prints the seconds of a training step and of a forward, the ratio MONAI / ours (median of the rounds, lowest and highest), the
-peak memory, and the share of the measured matmul peak that a training step reaches (MONAI's multiplications, for both). Each
-arm lives in a process of its own, ours set up as our scripts are (common.keep_memory), MONAI's as its users run it. They take
-turns step by step, so that a busy machine slows both. "monai, memory kept" shows what the allocator alone is worth.
+Prints the seconds of a training step and of a forward, the ratio peer / ours (median of the rounds, lowest and highest), the
+peak memory, and the share of the measured matmul peak that a training step reaches (the peer's multiplications, for both). Each
+arm lives in a process of its own, ours set up as our scripts are (common.keep_memory), the peer's as its users run it; on a GPU
+both let cuDNN choose by trying. They take turns step by step, so that a busy machine slows both. "peer, memory kept" shows what
+the CPU's allocator alone is worth.
 """
 import argparse
+import copy
 import json
 import re
 import statistics
@@ -22,22 +26,27 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import torch.nn.functional as F
+from diffusers import DiTTransformer2DModel
 from monai.networks.nets import AutoencoderKL, DiffusionModelUNet
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-from common import PRESETS, SIZES, Attention, Autoencoder, Mamba, Tokens, UNet, autocast, has_bf16, keep_memory, load_maisi_vae, load_monai
+from common import (PRESETS, SIZES, Attention, Autoencoder, Mamba, Tokens, UNet, autocast, build_optimizer, has_bf16, keep_memory, load_maisi_vae,
+                    load_monai, sparsify)
+from sample import bake_sparse
 
 NETS = {'full': PRESETS['full'], 'small': PRESETS['small'], 'autoencoder': dict(channels=(64, 128, 256), layers=1, norm_groups=32)}   # as --vae 4
-SHAPES = {'128': ('full', 128, 2), '64': ('full', 64, 4), 'small': ('small', 64, 16), 'vae': ('autoencoder', 64, 4)}
-CUDA_SHAPES = {'128': ('full', 128, 16), '64': ('full', 64, 64), 'small': ('small', 64, 256), 'vae': ('autoencoder', 128, 16)}
-TOKENS = {'DiT-S/4': dict(SIZES['S'], patch=4), 'one block of Mamba, patch 2': dict(SIZES['S'], patch=2, depth=1, mixer='mamba')}
+TOKENS = {'DiT-S/4': dict(SIZES['S'], patch=4), 'DiT-B/4': dict(SIZES['B'], patch=4), 'one block of Mamba, patch 2': dict(SIZES['S'], patch=2, depth=1, mixer='mamba')}
+SHAPES = {'128': ('full', 128, 2), '64': ('full', 64, 4), 'small': ('small', 64, 16), 'vae': ('autoencoder', 64, 4), 'dit': ('DiT-S/4', 64, 2)}
+CUDA_SHAPES = {'128': ('full', 128, 16), '64': ('full', 64, 64), 'small': ('small', 64, 256), 'vae': ('autoencoder', 128, 16), '256': ('full', 256, 4),
+               'dit': ('DiT-B/4', 128, 16), 'dit256': ('DiT-B/4', 256, 4)}
 
 
 class Diffusers(torch.nn.Module):
-    """diffusers' DiT behind our call. It always embeds a class."""
+    """diffusers' DiT behind our call. It always embeds a class. Equal functions for equal weights: tests/parity/test_dit.py"""
 
     def __init__(self, size, width, depth, heads, patch):
         super().__init__()
-        from diffusers import DiTTransformer2DModel
         self.net = DiTTransformer2DModel(heads, width // heads, 2, 1, depth, sample_size=size, patch_size=patch)
 
     def forward(self, x, t):
@@ -47,37 +56,39 @@ class Diffusers(torch.nn.Module):
 def build(arm, net, size, device):
     """The arm's network with the weights of seed 0, as train_bravo.py would run it (ours) or as the peer's users do."""
     torch.manual_seed(0)
-    if net in TOKENS:                                        # equal functions for equal weights: tests/parity/test_dit.py
-        return (Tokens(2, 1, **TOKENS[net]) if arm == 'ours' else Diffusers(size, **TOKENS[net])).to(device)
-    p = NETS[net]
-    if net == 'autoencoder':
-        theirs = AutoencoderKL(2, 1, 1, p['layers'], p['channels'], (False,) * 3, 4, p['norm_groups'], with_encoder_nonlocal_attn=False,
-                               with_decoder_nonlocal_attn=False)
-        ours = Autoencoder(1, 4, p['channels'], p['layers'], norm_groups=p['norm_groups'])
-        ours.load_state_dict(load_maisi_vae(theirs.state_dict()))
-        model = theirs.to(device) if arm.startswith('monai') else ours.to(device, memory_format=torch.channels_last)
-        return torch.compile(model) if 'compiled' in arm else model
-    theirs = DiffusionModelUNet(2, 2, 1, p['layers'], p['channels'], [bool(a) for a in p['attention']], p['norm_groups'],
-                                num_head_channels=[min(p['head_channels'], c) for c in p['channels']])
-    if arm.startswith('monai'):
-        model = theirs.to(device)
+    peer = arm.startswith('peer')
+    if net in TOKENS:
+        model = (Diffusers(size, **TOKENS[net]) if peer else Tokens(2, 1, **TOKENS[net])).to(device)
+    elif net == 'autoencoder':
+        p = NETS[net]
+        model = AutoencoderKL(2, 1, 1, p['layers'], p['channels'], (False,) * 3, 4, p['norm_groups'], with_encoder_nonlocal_attn=False,
+                              with_decoder_nonlocal_attn=False)
+        if not peer:
+            state, model = model.state_dict(), Autoencoder(1, 4, p['channels'], p['layers'], norm_groups=p['norm_groups'])
+            model.load_state_dict(load_maisi_vae(state))
     else:
-        model = UNet(2, 1, p['channels'], p['attention'], p['layers'], p['head_channels'], norm_groups=p['norm_groups'])
-        model.load_state_dict(load_monai(theirs.state_dict()))
-        model = model.to(device, memory_format=torch.channels_last)
+        p = NETS[net]
+        model = DiffusionModelUNet(2, 2, 1, p['layers'], p['channels'], [bool(a) for a in p['attention']], p['norm_groups'],
+                                   num_head_channels=[min(p['head_channels'], c) for c in p['channels']])
+        if not peer:
+            state, model = model.state_dict(), UNet(2, 1, p['channels'], p['attention'], p['layers'], p['head_channels'], norm_groups=p['norm_groups'])
+            model.load_state_dict(load_monai(state))
+    model = model.to(device) if peer or net in TOKENS else model.to(device, memory_format=torch.channels_last)
     return torch.compile(model) if 'compiled' in arm else model
 
 
 def make_steps(arm, net, size, batch, device, dtype):
     """train() and forward() of one arm."""
-    model, g = build(arm, net, size, device), torch.Generator().manual_seed(1)
+    model, g, pure = build(arm, net, size, device), torch.Generator().manual_seed(1), 'pure' in arm
     x, eps, t = torch.randn(batch, 2, size, size, generator=g), torch.randn(batch, 1, size, size, generator=g), torch.rand(batch, generator=g)
-    x, eps, t = x.to(device), eps.to(device), t.to(device) * (1 if arm.startswith('ours') else 1000)
+    x, eps, t = x.to(device), eps.to(device), t.to(device) * (1000 if arm.startswith('peer') else 1)
     run = model
+    if pure:
+        model.bfloat16()
     if net == 'autoencoder':                                                   # the image again, from a drawn latent
-        draw = () if arm.startswith('monai') else (torch.randn(batch, 4, size // 4, size // 4, device=device),)
+        draw = () if arm.startswith('peer') else (torch.randn(batch, 4, size // 4, size // 4, device=device),)
         x, eps, run = x[:, :1], x[:, :1], lambda x, t: model(x, *draw)[0]
-    opt = torch.optim.AdamW(model.parameters(), 1e-5, fused=True)
+    opt = build_optimizer(model, argparse.Namespace(dtype='pure-bf16' if pure else dtype, lr=1e-5, weight_decay=0.01, seed=0, kahan=False, sparse24=False, prune=0))
 
     def train():
         with autocast(device, dtype):
@@ -112,23 +123,24 @@ def matmul_peak(device, dtype):
 
 
 def flops_of_step(net, size, batch):
-    """Multiply-adds x 2 of MONAI's forward and backward, counted by torch."""
-    from torch.utils.flop_counter import FlopCounterMode
-    with FlopCounterMode(display=False) as counter:
-        make_steps('monai', net, size, batch, 'cpu', 'fp32')[0]()
-    return counter.get_total_flops()
+    """Multiply-adds x 2 of the peer's forward and backward, counted by torch on one image."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):               # the CPU's fused attention is not counted
+        make_steps('peer', net, size, 1, 'cpu', 'fp32')[0]()
+    return batch * counter.get_total_flops()
 
 
 def serve(arm, net, size, batch, device, dtype):
     """The process of an arm: answers 'train' and 'forward' with seconds, 'memory' with the MB its steps took at their peak."""
     if arm.startswith('ours') or 'kept' in arm:
         keep_memory()
+    torch.backends.cudnn.benchmark = torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = device == 'cuda'
+    answers, sys.stdout = sys.stdout, sys.stderr                             # what the code under test prints is no answer
     steps = dict(zip(('train', 'forward'), make_steps(arm, net, size, batch, device, dtype)))
     high_water = lambda: float(re.search(r'VmHWM:\s+(\d+)', Path('/proc/self/status').read_text())[1]) / 1024
     before = high_water()
     for line in sys.stdin:
         memory = torch.cuda.max_memory_allocated() / 2 ** 20 if device == 'cuda' else high_water() - before
-        print(timed(steps[line.strip()], device) if line.strip() in steps else memory, flush=True)
+        print(timed(steps[line.strip()], device) if line.strip() in steps else memory, file=answers, flush=True)
 
 
 def race(arms, net, size, batch, device, dtype, rounds):
@@ -158,15 +170,70 @@ def ratio(a, b):
     return f'{statistics.median(r):.2f} ({min(r):.2f} to {max(r):.2f})'
 
 
+def table(arms, shape, args):
+    """Prints the rows of one shape, in every precision asked for."""
+    net, size, batch = shape
+    flops = flops_of_step(net, size, batch)
+    for dtype in args.precisions:
+        peak = matmul_peak(args.device, dtype)
+        times, memory = race(arms, net, size, batch, args.device, dtype, args.rounds)
+        for arm in arms:
+            train, forward = times[arm, 'train'], times[arm, 'forward']
+            row = [f'{net} {size}² x {batch}', dtype, arm, f'{1e3 * statistics.median(train):.4g}', f'{batch / statistics.median(train):.4g}',
+                   f'{1e3 * statistics.median(forward):.4g}', f'{memory[arm]:.0f}', f'{flops / statistics.median(train) / peak:.0%}',
+                   *(ratio(times[arms[0], kind], times[arm, kind]) for kind in ('train', 'forward'))]
+            print('| ' + ' | '.join(row) + ' |', flush=True)
+
+
+def sparse(device, times=30):
+    """2:4 beside dense in bf16: DiT-B's linears at 16,384 tokens, then whole forwards, as sample.py bakes them."""
+
+    def seconds(f):
+        for _ in range(5):
+            f()
+        return statistics.median(timed(lambda: [f() for _ in range(times)], device) / times for _ in range(5))
+
+    print('| 2:4 on sparse kernels | dense, us | sparse, us | dense / sparse | largest error / largest value |\n|---|---|---|---|---|')
+    for name, (m, n) in {'qkv': (768, 2304), 'attention out': (768, 768), 'mlp 1': (768, 3072), 'mlp 2': (3072, 768)}.items():
+        torch.manual_seed(0)
+        net = sparsify(torch.nn.Sequential(torch.nn.Linear(m, n))).to(device)
+        x, dense = torch.randn(16384, m, device=device, dtype=torch.bfloat16), torch.nn.Linear(m, n).to(device, torch.bfloat16)
+        dense.load_state_dict({'weight': net[0].weight.detach(), 'bias': net[0].bias.detach()})
+        with torch.no_grad(), autocast(device, 'bf16'):
+            bake_sparse(net, device, 'bf16', always=True)
+            a, b = seconds(lambda: dense(x)), seconds(lambda: net(x))
+            error = ((net(x) - dense(x)).abs().max() / dense(x).abs().max()).item()
+        print(f'| DiT-B {name}, 16384 x {m} x {n} | {1e6 * a:.0f} | {1e6 * b:.0f} | {a / b:.2f} | {error:.1e} |', flush=True)
+    for name, size, batch in (('DiT-B/4', 128, 16), ('full', 128, 16)):
+        dense, x, t = build('ours', name, size, device), torch.randn(batch, 2, size, size, device=device), torch.rand(batch, device=device)
+        for p in dense.parameters():                                         # a network that starts at zero has no error to show
+            p.data = p.data if p.any() else torch.randn_like(p) * 0.02
+        net = sparsify(copy.deepcopy(dense))
+        masked = {n: m.weight.detach() for n, m in net.named_modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))}
+        for n, weight in masked.items():
+            dense.get_submodule(n).weight.data.copy_(weight)
+        with torch.no_grad(), autocast(device, 'bf16'):
+            bake_sparse(net, device, 'bf16', always=True)
+            a, b, x_, y_ = seconds(lambda: dense(x, t)), seconds(lambda: net(x, t)), net(x, t), dense(x, t)
+        print(f'| {name} {size}² x {batch}, forward | {1e6 * a:.0f} | {1e6 * b:.0f} | {a / b:.2f} | {((x_ - y_).abs().max() / y_.abs().max()).item():.1e} |', flush=True)
+
+
+def lean(args):
+    """Training steps in pure bf16 beside autocast; 2:4 where there are kernels."""
+    cuda = args.device == 'cuda'
+    arms = ['ours', 'ours, pure bf16', *(['ours compiled', 'ours compiled, pure bf16'] if cuda else [])]
+    args.precisions = ['bf16']
+    print(HEADER.replace('peer', 'autocast'))
+    for shape in (('full', 128, 16), ('DiT-B/4', 128, 16)) if cuda else (('small', 64, 16),):
+        table(arms, shape, args)
+    if cuda:
+        sparse(args.device)
+
+
 def tokens(args, dtype):
-    """DiT beside diffusers'; forward and backward of one mixer with twice the tokens; one Mamba block where attention is too large."""
+    """Forward and backward of one mixer with twice the tokens; one Mamba block where attention is too large."""
     keep_memory()
     ms = lambda v: f'{1e3 * statistics.median(v):.0f} ms'
-    times, memory = race(['diffusers', 'ours'], 'DiT-S/4', 64, 2, args.device, dtype, args.rounds)
-    for kind in ('train', 'forward'):
-        a, b = times['diffusers', kind], times['ours', kind]
-        print(f'DiT-S/4, 64² x 2, {dtype}, {kind}: diffusers {ms(a)}, ours {ms(b)}, diffusers / ours {ratio(a, b)}', flush=True)
-    print(f'DiT-S/4 peak memory, MB: diffusers {memory["diffusers"]:.0f}, ours {memory["ours"]:.0f}')
     mixers = {'attention': Attention(384, 64).to(args.device), 'Mamba': Mamba(384, 6, 2).to(args.device)}
     seconds = {(name, side): [] for name in mixers for side in (32, 45, 64)}      # 1024, 2025, 4096 tokens
 
@@ -190,38 +257,34 @@ def tokens(args, dtype):
           f'layer, which its backward keeps on a CPU, would be {6 * 16384 ** 2 * (2 if dtype == "bf16" else 4) / 2 ** 20:.0f} MB')
 
 
+HEADER = ('| shape | precision | arm | train step, ms | images / s | forward, ms | peak memory, MB | of matmul peak | train: peer / this | forward: peer / this |\n'
+          + '|---' * 10 + '|')
+
+
 def main(args):
     if args.serve:
         return serve(*json.loads(args.serve))
     cuda = args.device == 'cuda'
     shapes = CUDA_SHAPES if cuda else SHAPES
-    arms = ['monai', 'ours', *(['monai compiled', 'ours compiled'] if cuda else ['monai, memory kept'])]
+    arms = ['peer', 'ours', *(['peer compiled', 'ours compiled'] if cuda else ['peer, memory kept'])]
     print(f'torch {torch.__version__}, {args.device}, {torch.get_num_threads()} threads'
           + (f', {torch.cuda.get_device_name()}' if cuda else ', bf16 in hardware' if has_bf16('cpu') else ', bf16 emulated'))
+    if args.lean:
+        return lean(args)
     if args.tokens:
         return [tokens(args, dtype) for dtype in args.precisions]
-    print('| shape | precision | arm | train step, ms | forward, ms | peak memory, MB | of matmul peak | train: MONAI / this | forward: MONAI / this |')
-    print('|---|---|---|---|---|---|---|---|---|')
-    for shape in args.shapes:
-        net, size, batch = shapes[shape]
-        flops = flops_of_step(net, size, batch)
-        for dtype in args.precisions:
-            peak = matmul_peak(args.device, dtype)
-            times, memory = race(arms, net, size, batch, args.device, dtype, args.rounds)
-            for arm in arms:
-                train, forward = times[arm, 'train'], times[arm, 'forward']
-                row = [f'{net} {size}² x {batch}', dtype, arm, f'{1e3 * statistics.median(train):.0f}', f'{1e3 * statistics.median(forward):.0f}',
-                       f'{memory[arm]:.0f}', f'{flops / statistics.median(train) / peak:.0%}',
-                       *(ratio(times['monai', kind], times[arm, kind]) for kind in ('train', 'forward'))]
-                print('| ' + ' | '.join(row) + ' |', flush=True)
+    print(HEADER)
+    for shape in args.shapes or shapes:
+        table(arms, shapes[shape], args)
 
 
 if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    p.add_argument('--shapes', nargs='+', choices=tuple(SHAPES), default=list(SHAPES))
+    p.add_argument('--shapes', nargs='+', choices=tuple(CUDA_SHAPES), help='all of the device')
     p.add_argument('--precisions', nargs='+', choices=('bf16', 'fp32'), default=['bf16', 'fp32'])
     p.add_argument('--rounds', type=int, default=10)
     p.add_argument('--device', choices=('cpu', 'cuda'), default='cuda' if torch.cuda.is_available() else 'cpu')
-    p.add_argument('--tokens', action='store_true', help='networks of tokens instead of the U-Net')
+    p.add_argument('--tokens', action='store_true', help='what twice the tokens cost instead')
+    p.add_argument('--lean', action='store_true', help='pure bf16 and 2:4 instead')
     p.add_argument('--serve', help=argparse.SUPPRESS)
     main(p.parse_args())

@@ -51,13 +51,15 @@ def test_images_from_the_same_noise_agree(net):
     assert (ends[0] - ends[1]).norm() < 0.02 * ends[0].norm()
 
 
-def test_sparse_kernels_give_the_masked_product(capsys):
-    """Linears of --sparse24 through the card's 2:4 kernels against the same weights as dense ones; shapes that do not fit stay dense."""
+@pytest.mark.parametrize('strided', [False, True])
+def test_sparse_kernels_give_the_masked_product(strided, capsys):
+    """Linears of --sparse24 through the card's 2:4 kernels against the same weights as dense ones, also on tokens that are strided as
+    a U-Net's are; shapes that do not fit stay dense."""
     net = common.sparsify(torch.nn.Sequential(torch.nn.Linear(128, 256), torch.nn.Linear(256, 40))).cuda()
-    x = torch.randn(64, 128).cuda()
+    x = torch.randn(2, 128, 64).cuda().transpose(1, 2) if strided else torch.randn(64, 128).cuda()
     with torch.no_grad(), common.autocast(torch.device('cuda'), 'bf16'):
         dense = net(x)
-        sample.bake_sparse(net, 'cuda', 'bf16')
+        sample.bake_sparse(net, 'cuda', 'bf16', always=True)
         assert (net(x) - dense).norm() < 0.01 * dense.norm()
     assert '1 of 2 sparse layers' in capsys.readouterr().out
 
