@@ -953,20 +953,20 @@ class CPUGroupNorm(torch.autograd.Function):
     def backward(ctx, g):
         x, weight, bias, mean, rstd = ctx.saved_tensors
         (B, C, H, W), groups = x.shape, mean.shape[1]
-        if ctx.silu:
-            y = CPUGroupNorm.norm(x, weight, bias, groups, ctx.eps)[0]
-            g = torch.ops.aten.silu_backward.grad_input(g, y, grad_input=y)
         rows = lambda v: v.permute(0, 2, 3, 1).reshape(B, H, W * C)                            # no copy in channels_last
-        x, g = rows(x), rows(g)
-        total = lambda v: v.sum(1).float().view(B, W, C).sum(1)                             # bf16 sums add up in fp32
         each = lambda v: v.float().repeat_interleave(C // groups, 1)                           # (B, groups) -> (B, C)
+        along = lambda v: v.to(x.dtype).repeat(1, W)[:, None]                                  # (B, C) -> beside rows
+        x, g, mean, rstd = rows(x), rows(g), each(mean), each(rstd)
+        if ctx.silu:
+            y = torch.addcmul(along(bias - mean * rstd * weight), x, along(rstd * weight))
+            g = torch.ops.aten.silu_backward.grad_input(g, y, grad_input=y)
+        total = lambda v: v.sum(1).float().view(B, W, C).sum(1)                             # bf16 sums add up in fp32
         mean_d = lambda v: each(v.view(B, groups, -1).sum(2) * (groups / (C * H * W)))
-        g_sum, mean, rstd = total(g), each(mean), each(rstd)
+        g_sum = total(g)
         gx_sum = (total(x * g) - mean * g_sum) * rstd                                          # sum of g xhat
         b = -rstd.square() * mean_d(weight * gx_sum)
         c = -rstd * mean_d(weight * g_sum) - b * mean
-        a, b, c = (v.to(x.dtype).repeat(1, W)[:, None] for v in (weight * rstd, b, c))
-        dx = torch.addcmul(c, x, b).addcmul_(g, a)
+        dx = torch.addcmul(along(c), x, along(b)).addcmul_(g, along(weight * rstd))
         return dx.view(B, H, W, C).permute(0, 3, 1, 2), gx_sum.sum(0), g_sum.sum(0), None, None, None
 
 
