@@ -81,6 +81,7 @@ def get_args(argv=None):
     g.add_argument('--minutes', type=number(float, 0, open_low=True), help='instead of --iters: timed once, then as many steps for every training; '
                    'none of both: 5')
     g.add_argument('--tolerance', type=number(float, 0), metavar='MM', help='of the surface Dice; none: one pixel')
+    g.add_argument('--margin', type=number(float, 0), default=0.02, help='a loss of Dice that would not matter: an effect whose interval lies above minus it is not inferior')
     g.add_argument('--repeats', type=number(int, 20), default=1000, help='bootstrap draws of patients')
     g.add_argument('--out', default='runs/downstream', metavar='DIR')
     g.add_argument('--seed', type=number(int, 0), default=0, help='of the first training')
@@ -963,9 +964,10 @@ def hodges_lehmann(d):
     return float(np.median((d[i] + d[j]) / 2))
 
 
-def compare_arms(values, repeats, seed):
-    """values {arm: (patients, metrics)}, means over seeds -> rows [metric, comparison, n, effect, low, high, p, p_holm] of PAIRS that are there and
-    of the interaction of a set with augmentation, (with set and aug - with set) - (aug - neither). Holm over a metric's comparisons."""
+def compare_arms(values, repeats, seed, margin):
+    """values {arm: (patients, metrics)}, means over seeds -> rows [metric, comparison, n, effect, low, high, p, p_holm, not_inferior] of PAIRS that are
+    there and of the interaction of a set with augmentation, (with set and aug - with set) - (aug - neither). Holm over a metric's comparisons.
+    not_inferior, of Dice and lesion-wise Dice: the whole interval lies above -margin (which no p says)."""
     rows = []
     for m, metric in enumerate(METRICS):
         of = {a: v[:, m] for a, v in values.items()}
@@ -976,7 +978,8 @@ def compare_arms(values, repeats, seed):
         p = [signed_rank(d) for d in differ.values()]
         for (k, d), raw, corrected in zip(differ.items(), p, holm(p)):
             draws = [hodges_lehmann(d[torch.randint(len(d), (len(d),), generator=generator(seed, 'effect', i)).numpy()]) for i in range(repeats)]
-            rows.append([metric, k, len(d), hodges_lehmann(d), *np.percentile(draws, (2.5, 97.5)).tolist(), raw, corrected])
+            low, high = np.percentile(draws, (2.5, 97.5)).tolist()
+            rows.append([metric, k, len(d), hodges_lehmann(d), low, high, raw, corrected, '' if m > 1 or ' x ' in k else 'yes' if low > -margin else 'no'])
     return rows
 
 
@@ -1100,12 +1103,12 @@ def downstream(args):
     draws = [torch.randint(len(names), (len(names),), generator=generator(args.seed, 'downstream', k)).numpy() for k in range(args.repeats)]
     summary = {arm: {m: [float(np.nanmean(v[:, i])), *np.nanpercentile([np.nanmean(v[d, i]) for d in draws], (2.5, 97.5)).tolist()]
                      for i, m in enumerate(METRICS)} for arm, v in values.items()}
-    tests = compare_arms(values, args.repeats, args.seed)
+    tests = compare_arms(values, args.repeats, args.seed, args.margin)
     print0(f'{len(names)} real test patients, {len(table)} slices (2D, pooled over a patient), {args.seeds} seeds, {steps} steps; mean over patients')
     print_table(['arm', *METRICS], [[arm, *(f'{v[0]:.3f} [{v[1]:.3f}, {v[2]:.3f}]' for v in s.values())] for arm, s in summary.items()])
-    header = ['metric', 'comparison', 'patients', 'effect', 'low', 'high', 'p', 'p_holm']
+    header = ['metric', 'comparison', 'patients', 'effect', 'low', 'high', 'p', 'p_holm', 'not_inferior']
     print0()
-    print_table(header, [[*r[:3], *(f'{v:.3f}' for v in r[3:])] for r in tests if r[0] in METRICS[:2]])
+    print_table(header, [[*r[:3], *(f'{v:.3f}' for v in r[3:8]), r[8]] for r in tests if r[0] in METRICS[:2]])
     write_csv(out / 'tests.csv', header, tests)
     write_csv(out / 'metrics.csv', ['arm', *(f'{m}{end}' for m in METRICS for end in ('', ', low', ', high'))],
               [[arm, *itertools.chain(*s.values())] for arm, s in summary.items()])

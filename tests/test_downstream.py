@@ -223,6 +223,16 @@ def test_hodges_lehmann():
     assert hodges_lehmann(d + 3) == pytest.approx(hodges_lehmann(d) + 3) and hodges_lehmann(-d) == pytest.approx(-hodges_lehmann(d))
 
 
+def test_not_inferior():
+    """A loss of 0.01 to 0.03 is within a margin of 0.04, not of 0.02; a gain is within any; only Dice is judged, and no interaction."""
+    real = np.full((6, len(METRICS)), 0.5)
+    loss, gain = real - np.linspace(0.01, 0.03, 6)[:, None], real + 0.1
+    values = dict(real=real, synthetic=loss, both=gain, real_aug=real, both_aug=gain)
+    verdict = lambda margin: {r[:2][1]: r[8] for r in compare_arms(values, 200, 0, margin) if r[0] == 'Dice'}
+    assert verdict(0.02)['synthetic - real'] == 'no' and verdict(0.04)['synthetic - real'] == 'yes' == verdict(0)['both - real'] and verdict(0)['both x aug'] == ''
+    assert {r[8] for r in compare_arms(values, 20, 0, 0.02) if r[0] not in METRICS[:2]} == {''}
+
+
 def test_compare_arms():
     """Additive gains interact by nothing; each patient's own level drops out; Holm over the comparisons of a metric."""
     g = np.random.default_rng(2)
@@ -230,12 +240,12 @@ def test_compare_arms():
     noise = lambda: 0.01 * g.random((8, 1))
     gain = noise() + 0.2
     values = dict(real=level, both=level + gain, real_aug=level + 0.1, both_aug=level + 0.1 + gain)
-    rows = {r[1]: r for r in compare_arms(values, 30, 0) if r[0] == 'Dice'}
+    rows = {r[1]: r for r in compare_arms(values, 30, 0, 0.02) if r[0] == 'Dice'}
     assert list(rows) == ['both - real', 'both_aug - real_aug', 'real_aug - real', 'both x aug']
     assert abs(rows['both x aug'][3]) < 1e-9 and rows['real_aug - real'][3] == pytest.approx(0.1)
     assert rows['both - real'][6] == 2 / 256 and rows['both - real'][7] >= 3 * 2 / 256 and rows['both - real'][4] >= 0.2 and rows['both - real'][5] <= 0.21
     values['real'][3, 2] = math.nan                                                        # a patient without lesions has no recall
-    assert [r[2] for r in compare_arms(values, 20, 0) if r[0] == 'lesion recall' and r[1] == 'both - real'] == [7]
+    assert [r[2] for r in compare_arms(values, 20, 0, 0.02) if r[0] == 'lesion recall' and r[1] == 'both - real'] == [7]
 
 
 @pytest.fixture(scope='module')
