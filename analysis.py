@@ -178,7 +178,7 @@ def differences(sets, metrics):
 
     def cell(n, m):
         gap = sets[n]['metrics'][m]['fake'] - sets[first]['metrics'][m]['fake']
-        low, high = (round(v, 3) + 0.0 for v in centred(gap, [float(a[m]) - float(b[m]) for a, b in zip(draws[n], draws[first])]))
+        low, high = (round(v, 3) + 0.0 for v in centred(gap, [float(a[m]) - float(b[m]) for a, b in zip(draws[n], draws[first])], -1, 1))
         return f'{gap:+.3f} [{low:+.3f}, {high:+.3f}]{"*" if low * high > 0 else ""}'
 
     return names, [[m, *(cell(n, m) for n in names)] for m in metrics]
@@ -342,25 +342,25 @@ def patients(args):
 SEVERITIES = ('1', '2', '3')
 
 
-def weighted_kappa(a, b):
-    """Cohen's kappa of two raters' whole numbers with linear weights (Cohen 1968): 1 - mean |a - b| / the same of independent draws."""
-    chance = np.abs(np.subtract.outer(a, b)).mean()
-    return float(1 - np.abs(a - b).mean() / chance) if chance else math.nan
+def weighted_kappa(a, b, most):
+    """Agreement of two raters' whole numbers 0 .. most with linear weights (Cohen 1968): po = 1 - mean |a - b| / most, pe the same of
+    independent draws, kappa = (po - pe) / (1 - pe)."""
+    po, pe = 1 - float(np.abs(a - b).mean()) / most, 1 - float(np.abs(np.subtract.outer(a, b)).mean()) / most
+    return dict(po=po, pe=pe, kappa=(po - pe) / (1 - pe) if pe < 1 else math.nan)
 
 
 def agreement_row(name, columns, answers, repeats):
     """A row of the agreement table: columns (N,m) of what m raters answered, with intervals from a bootstrap over images. Of two raters'
-    grades (SEVERITIES) kappa is the weighted one."""
+    grades (SEVERITIES) all are weighted; AC1, which is not, is left out."""
     codes = np.array([[answers.index(a) for a in row] for row in columns])
     one = np.eye(len(answers))[codes]                                                             # (N, m, J)
 
     def measure(i):
-        told = agreement(one[i].sum(1), one[i].mean(0) if codes.shape[1] == 2 else None)
-        return dict(told, kappa=weighted_kappa(*codes[i].T)) if graded else told
+        return weighted_kappa(*codes[i].T, len(answers) - 1) if graded else agreement(one[i].sum(1), one[i].mean(0) if codes.shape[1] == 2 else None)
 
     graded = answers == SEVERITIES and codes.shape[1] == 2
     at, draws = measure(np.arange(len(codes))), [measure(torch.randint(len(codes), (len(codes),), generator=generator('agree', k)).numpy()) for k in range(repeats)]
-    cell = lambda k: '{:.3f} [{:.3f}, {:.3f}]'.format(at[k], *(np.nanpercentile([d[k] for d in draws], (2.5, 97.5)) if any(d[k] == d[k] for d in draws) else (math.nan,) * 2))
+    cell = lambda k: '{:.3f} [{:.3f}, {:.3f}]'.format(at[k], *(np.nanpercentile([d[k] for d in draws], (2.5, 97.5)) if any(d[k] == d[k] for d in draws) else (math.nan,) * 2)) if k in at else ''
     return [name, len(codes), 'Cohen, weighted' if graded else 'Cohen' if codes.shape[1] == 2 else 'Fleiss', f'{at["po"]:.3f}', f'{at["pe"]:.3f}', cell('kappa'), cell('ac1')]
 
 

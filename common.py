@@ -23,7 +23,7 @@ Glossary (code name: the field's symbol)
   part  train | val | judge | test                box   the brain box: y0, x0, y1, x1 as fractions of the view
   token   the width numbers that stand for a patch       grid   patches along each axis; N of them in all
 """
-import argparse, contextlib, copy, csv, ctypes, hashlib, io, json, math, os, re, shutil, signal, sys, time, uuid
+import argparse, contextlib, copy, csv, ctypes, hashlib, io, itertools, json, math, os, re, shutil, signal, sys, time, uuid
 from collections import Counter, deque
 from pathlib import Path
 
@@ -956,10 +956,10 @@ class CPUGroupNorm(torch.autograd.Function):
         rows = lambda v: v.permute(0, 2, 3, 1).reshape(B, H, W * C)                            # no copy in channels_last
         each = lambda v: v.float().repeat_interleave(C // groups, 1)                           # (B, groups) -> (B, C)
         along = lambda v: v.to(x.dtype).repeat(1, W)[:, None]                                  # (B, C) -> beside rows
-        x, g, mean, rstd = rows(x), rows(g), each(mean), each(rstd)
-        if ctx.silu:
-            y = torch.addcmul(along(bias - mean * rstd * weight), x, along(rstd * weight))
+        if ctx.silu:                                                                           # not as a x + b: in bf16 that cancels where |mean| >> std
+            y = CPUGroupNorm.norm(x, weight, bias, groups, ctx.eps)[0]
             g = torch.ops.aten.silu_backward.grad_input(g, y, grad_input=y)
+        x, g, mean, rstd = rows(x), rows(g), each(mean), each(rstd)
         total = lambda v: v.sum(1).float().view(B, W, C).sum(1)                             # bf16 sums add up in fp32
         mean_d = lambda v: each(v.view(B, groups, -1).sum(2) * (groups / (C * H * W)))
         g_sum = total(g)
@@ -2493,12 +2493,16 @@ def wilson(k, n, z=1.959964):
     return max(middle - half, 0.0), min(middle + half, 1.0)
 
 
-def centred(value, draws):
+def centred(value, draws, floor=-math.inf, ceiling=math.inf):
     """95 % interval (low, high) of a value from bootstrap draws (nan are left out), whose mean is brought to the value: drawing with
-    replacement repeats images, which moves distances like KID and shares like recall to one side (Efron 1993, ch. 10)."""
+    replacement repeats images, which moves distances like KID and shares like recall to one side (Efron 1993, ch. 10). It ends at floor
+    and ceiling where no draw goes beyond: a share stays one."""
     draws = np.asarray(draws, float)
     draws = draws[np.isfinite(draws)]
-    return np.percentile(draws - draws.mean() + value, (2.5, 97.5)).tolist() if len(draws) else [math.nan, math.nan]
+    if not len(draws):
+        return [math.nan, math.nan]
+    low, high = np.percentile(draws - draws.mean() + value, (2.5, 97.5)).tolist()
+    return [max(low, floor) if draws.min() >= floor else low, min(high, ceiling) if draws.max() <= ceiling else high]
 
 
 def effective(w):
@@ -3270,13 +3274,33 @@ def patient_id(name):
     return hashlib.sha1(name.encode()).hexdigest()[:12]
 
 
-def patients_seen(data, state, *files):
-    """Ids of all patients that a network learned from: the training patients of data, and what the checkpoint that it goes on from (state)
-    or those that it starts from (files; none among them are skipped) had seen. Sorted."""
-    seen = {patient_id(r['source'] or r['patient']) for r, part in zip(data.table, data.part) if part == 'train'}
-    for parent in [state] if state else [load_checkpoint(f) for f in files if f]:
-        seen.update(parent.get('seen') or () if isinstance(parent, dict) else ())
-    return sorted(seen)
+def patients_seen(data, state, *files, sets=()):
+    """Ids of all patients that a network learned from, sorted: the training patients of data, and whom the checkpoint that it goes on from (state)
+    or those that it starts from (files; none among them are skipped) had seen, and those that made synthetic data (and sets). None where one
+    of these does not say."""
+    train = [r for r, part in zip(data.table, data.part) if part == 'train']
+    parents = [state] if state else [load_checkpoint(f) for f in files if f]
+    return joined([[patient_id(r['source'] or r['patient']) for r in train if r['source'] or not r['synthetic']],
+                   *(p.get('seen') if isinstance(p, dict) else None for p in parents),
+                   *map(seen_by, sorted({r['root'] for r in train if r['synthetic']} | {str(s) for s in sets if s}))])
+
+
+def seen_by(root):
+    """Ids of the patients whom the runs behind a folder of patients had seen: none for a real one, None where a set's sample.json does not say."""
+    file = Path(root) / 'sample.json'
+    return noted_seen(json.loads(file.read_text())) if file.is_file() else []
+
+
+def noted_seen(made):
+    """The same of the contents of a sample.json; the first version noted everybody's part."""
+    old = [patient_id(p) for p, part in made['parts'].items() if part == 'train'] if made.get('parts') else None
+    return made.get('seen', old)
+
+
+def joined(ids):
+    """Sorted union of lists of ids; None where one is None."""
+    ids = list(ids)
+    return None if None in ids else sorted({*itertools.chain(*ids)})
 
 
 def weights_hash(tensors):

@@ -317,7 +317,7 @@ def read_hard(path, run):
     try:
         told = json.loads(Path(path).read_text())
         side = run.args.size * (sum(run.spacing) / 2 if told['unit'] == 'mm' else 1)              # of the box, in the file's unit
-        requests = [np.array(c['lesions'], float).reshape(-1, 3) / (side, 1, 1) for c in told['conditions']]
+        requests = [np.array(c['lesions'], float).reshape(-1, 3)[:LESIONS] / (side, 1, 1) for c in told['conditions']]
         p, real = (torch.tensor([c[k] for c in told['conditions']], dtype=torch.float64) for k in ('p', 'p_real'))
         good = len(p) > 0 and bool((p > 0).all()) and all(abs(v.sum().item() - 1) < 1e-6 for v in (p, real)) and all(np.isfinite(r).all() for r in requests)
     except (ValueError, KeyError, TypeError):
@@ -505,9 +505,8 @@ class Set:
         head = HEADER + (HARD if args.hard_cases else [])
         self.headers = {'manifest': head + JUDGED, 'rejected': REJECTED} if judge.on else {'manifest': head}
         same = {k: v for k, v in plain(args).items() if k not in ('n', 'batch_size', 'splits', 'device', 'compile', 'out', 'cache', 'max_draws', 'rate')}
-        seen = [r.seen for r in runs.values()]
         same.update({k: r.hash for k, r in runs.items()}, pixels=last.args.size, box=list(last.box), labels=last.args.labels, speck=last.args.speck,
-                    seen=None if None in seen else sorted({i for some in seen for i in some}), per_patient=bool(args.per_patient) or None,
+                    seen=joined([*(r.seen for r in runs.values()), *map(seen_by, [*([args.masks] if args.masks else []), *(args.data or [])])]), per_patient=bool(args.per_patient) or None,
                     gate=judge.detector and judge.detector.hash, hard=args.hard_cases and hashlib.sha256(Path(args.hard_cases).read_bytes()).hexdigest(), dual=last.args.dual,
                     asked=[[[None if math.isnan(v) else round(float(v), 6) for v in lesion] for lesion in r] for r in requests])
         note = self.out / 'sample.json'
@@ -518,6 +517,10 @@ class Set:
                 fail(f'--out {self.out}: holds a set made otherwise: {", ".join(changed[:3])}; choose another --out')
         make_folder(self.out, '--out')
         self.tables = {name: self.read(name) for name in self.headers}
+        name = solver(last, args, args.steps if last.args.script == 'bravo' else args.seg_steps)[0]
+        before = {r[HEADER.index('sampler')] for r in self.tables['manifest'].values()} - {name, 'sampler'}
+        if before:
+            fail(f'--out {self.out}: its images were drawn with {before.pop()}, then the default; it is {name} now; choose another --out')
         if rank() == 0:
             known = {r[0] for r in self.tables['manifest'].values()}
             for f in self.out.iterdir():

@@ -611,7 +611,7 @@ def main(args):
     rows = np.arange(len(pairs.image)) if pairs else rows
     level = torch.tensor([r['level'] for r in data.table])
     lower = below(data.table, args.neighbours)
-    seen = patients_seen(data, state, args.init, args.latent)
+    seen = patients_seen(data, state, args.init, args.latent, sets=[args.reflow])
     print0(f'training on {len(rows)} {"pairs" if pairs else "volumes" if args.volume else "slices"}, held out {len(val)}')
     if args.vae:
         return train_vae(args, state, data, rows, val, seen, device)

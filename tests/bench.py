@@ -273,6 +273,8 @@ def main(args):
         return lean(args)
     if args.tokens:
         return [tokens(args, dtype) for dtype in args.precisions]
+    if {*(args.shapes or shapes)} - {*shapes}:
+        sys.exit(f'--shapes {" ".join(args.shapes)}: {args.device} has {" ".join(shapes)}')
     print(HEADER)
     for shape in args.shapes or shapes:
         table(arms, shapes[shape], args)

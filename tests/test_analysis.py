@@ -263,7 +263,9 @@ def test_taxonomy(call, trained, phantom, tmp_path, capsys):
     O = np.zeros((3, 3))
     np.add.at(O, (a - 1, b - 1), 1 / 6)
     w = np.abs(np.subtract.outer(np.arange(3), np.arange(3)))
-    assert analysis.weighted_kappa(a, b) == pytest.approx(1 - (w * O).sum() / (w * np.outer(O.sum(1), O.sum(0))).sum()) and math.isnan(analysis.weighted_kappa(a[:2], a[:2]))
+    graded = analysis.weighted_kappa(a, b, 2)
+    assert graded['kappa'] == pytest.approx(1 - (w * O).sum() / (w * np.outer(O.sum(1), O.sum(0))).sum()) and math.isnan(analysis.weighted_kappa(a[:2], a[:2], 2)['kappa'])
+    assert graded['po'] == pytest.approx(1 - (w * O).sum() / 2) and told['a and b, severity']['AC1'] == ''
     assert told['a and b, verdict']['images'] == '6' and float(told['a and b, verdict']['agree']) == pytest.approx(5 / 6, abs=1e-3)
     assert told['a and b, verdict']['kappa'].startswith(f'{both([[2, 0], [1, 3]])["kappa"]:.3f}') and told['a and b, class']['images'] == '3'
     assert float(told['a again, verdict']['agree']) == 1 and told['a again, verdict']['AC1'].startswith('1.000')

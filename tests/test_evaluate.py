@@ -113,6 +113,12 @@ def test_principal():
     assert x.shape == (300, 8) and (np.diff(np.diag(covariance)) < 0).all() and np.trace(covariance) == pytest.approx(8)
 
 
+def test_centred_ends():
+    """A share's interval ends at 0 and 1, of which no draw is beyond; that of a statistic that was negative is left alone."""
+    assert centred(0.9, [0.5, 0.6, 0.9], 0, 1)[1] == 1 < centred(0.9, [0.5, 0.6, 0.9])[1] and centred(0.1, [0.1, 0.4, 0.5], 0, 1)[0] == 0
+    assert centred(0.1, [-0.1, 0.4, 0.5], 0, 1) == centred(0.1, [-0.1, 0.4, 0.5])
+
+
 def test_centred():
     """Equal populations, a bootstrap over patients: the interval of a distance that repeats move holds the value, and the true distance."""
     assert centred(3.0, [9.0, 10, 11, math.nan]) == pytest.approx(list(np.percentile([2.0, 3, 4], (2.5, 97.5)))) and math.isnan(centred(1.0, [math.nan])[0])

@@ -100,6 +100,37 @@ def test_a_run_remembers_whom_its_parents_saw(call, phantom, tmp_path):
     assert json.loads((made / 'sample.json').read_text())['seen'] == wanted and names[0].encode() not in (tmp_path / 'small.pt').read_bytes()
 
 
+def test_whom_others_saw(call, phantom, tmp_path):
+    """Who starts from a network or learns from a set that does not say whom it saw cannot say it either; a set that says it passes it on, as
+    masks, as images to train on, as pairs; the first version's sets noted all parts."""
+    names = sorted(f.name for f in phantom.iterdir())
+    split = lambda k: common.write_csv(tmp_path / f'{k}.csv', ['patient', 'part'], [(n, 'train' if k <= i < k + 3 else 'test') for i, n in enumerate(names)]) or tmp_path / f'{k}.csv'
+    ids, seen = lambda k: sorted(common.patient_id(n) for n in names[k:k + 3]), lambda out: json.loads((out / 'sample.json').read_text())['seen']
+    seg = call('seg', tmp_path / 'seg', '--rflow', '--iters', 1, '--split', split(0))
+    bravo = call('bravo', tmp_path / 'bravo', '--rflow', '--iters', 1, '--split', split(3))
+    masks = call('sample', tmp_path / 'masks', '--seg', seg, '--n', 2, '--seg-steps', 1)
+    both = call('sample', tmp_path / 'both', '--masks', masks, '--bravo', bravo, '--n', 2, '--steps', 1)
+    assert seen(masks) == ids(0) and seen(both) == sorted(ids(0) + ids(3))
+    pairs = call('sample', tmp_path / 'pairs', '--masks', masks, '--bravo', bravo, '--n', 2, '--steps', 1, '--pairs')
+    wider = lambda name, *flags: common.load_run(call('bravo', tmp_path / name, '--rflow', '--iters', 1, '--split', split(6), *flags)).seen
+    assert wider('more', '--data', phantom, both) == sorted(ids(0) + ids(3) + ids(6)) == wider('reflow', '--reflow', pairs, '--init', bravo)
+    old = common.load_checkpoint(bravo)
+    torch.save({k: v for k, v in old.items() if k != 'seen'}, tmp_path / 'old.pt')
+    assert wider('from_old', '--init', tmp_path / 'old.pt') is None
+    assert common.noted_seen(dict(parts={names[0]: 'train', names[1]: 'test'})) == [common.patient_id(names[0])] and common.noted_seen({}) is None
+
+
+def test_a_set_keeps_its_sampler(make, runs, phantom):
+    """Begun when another sampler was the default, a set does not go on with this one's."""
+    out, _ = make('euler', '--data', phantom, '--bravo', runs / 'bravo', '--n', 2, '--steps', 2)
+    text = (out / 'manifest.csv').read_text()
+    assert ',dpm++,' in text
+    (out / 'manifest.csv').write_text(text.replace(',dpm++,', ',euler,'))
+    with pytest.raises(SystemExit) as e:
+        make('euler', '--data', phantom, '--bravo', runs / 'bravo', '--n', 4, '--steps', 2)
+    assert e.value.code == 2
+
+
 def test_masks_of_a_folder(make, runs):
     """Masks made first, images later: the same masks; a fixed slice level is used and stored."""
     first, _ = make('m', '--seg', runs / 'seg', '--seg-steps', 3)
