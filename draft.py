@@ -205,7 +205,6 @@ def main(args):
         fail(f'--bravo {run.path}: has weights that are zero (--sparse24, --prune-how weights), which adapters would fill; repair the dense run it came from')
     if args.k > steps:
         fail(f'--k {args.k}: there are {steps} solver steps')
-    args.sampler = name                                                          # kept with the run: the default may be another one day
     state = open_run(args, 'draft')
     data = load_slices(args.data, size, ('bravo',), run.box, args.split, args.cache, run.args.labels, run.args.speck)
     rows, val = (data.rows(part, args.empty_slices, args.seed) for part in ('train', 'val'))
