@@ -951,6 +951,7 @@ class CPUGroupNorm(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
+        """g like the output -> gradients of x (B,C,H,W), weight and bias (C,); g's rows must lie as x's do, or they are copied."""
         x, weight, bias, mean, rstd = ctx.saved_tensors
         (B, C, H, W), groups = x.shape, mean.shape[1]
         rows = lambda v: v.permute(0, 2, 3, 1).reshape(B, H, W * C)                            # no copy in channels_last
@@ -3288,7 +3289,10 @@ def patients_seen(data, state, *files, sets=()):
 def seen_by(root):
     """Ids of the patients whom the runs behind a folder of patients had seen: none for a real one, None where a set's sample.json does not say."""
     file = Path(root) / 'sample.json'
-    return noted_seen(json.loads(file.read_text())) if file.is_file() else []
+    try:
+        return noted_seen(json.loads(file.read_text())) if file.is_file() else []
+    except (ValueError, AttributeError):
+        fail(f'{file}: is no JSON as sample.py writes it; make the set again')
 
 
 def noted_seen(made):

@@ -722,8 +722,8 @@ def pack(linear, always):
             linear.weight = nn.Parameter(torch.sparse.to_sparse_semi_structured(weight.bfloat16().contiguous()), requires_grad=False)
             if seconds() < limit:
                 return True
-        except (RuntimeError, NotImplementedError):                            # this card or this torch has no kernel for it
-            pass
+        except (RuntimeError, NotImplementedError) as e:                       # this card or this torch has no kernel for it
+            print0(f'2:4 sparsity: no sparse kernel for {linear.out_features} x {linear.in_features} here ({str(e).splitlines()[0]})')
     linear.weight = weight
     hook.remove()
     return False

@@ -118,6 +118,10 @@ def test_whom_others_saw(call, phantom, tmp_path):
     torch.save({k: v for k, v in old.items() if k != 'seen'}, tmp_path / 'old.pt')
     assert wider('from_old', '--init', tmp_path / 'old.pt') is None
     assert common.noted_seen(dict(parts={names[0]: 'train', names[1]: 'test'})) == [common.patient_id(names[0])] and common.noted_seen({}) is None
+    (both / 'sample.json').write_text('{"seen": [')
+    with pytest.raises(SystemExit) as e:
+        common.seen_by(both)
+    assert e.value.code == 2
 
 
 def test_a_set_keeps_its_sampler(make, runs, phantom):

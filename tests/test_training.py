@@ -188,7 +188,7 @@ def test_perceptual(vgg):
     torch.testing.assert_close(net.distance(x, y), plain.distance(x, y))
 
     def features(image):                                                                       # written out, from the file
-        state, h, out = torch.load(vgg[0]), image.double().repeat(1, 3, 1, 1), []
+        state, h, out = torch.load(vgg[0], weights_only=True), image.double().repeat(1, 3, 1, 1), []
         h = ((h + 1) / 2 - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
         for block in ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28)):
             h = F.max_pool2d(h, 2) if block[0] else h
@@ -196,7 +196,7 @@ def test_perceptual(vgg):
                 h = F.conv2d(h, state[f'features.{i}.weight'].double(), state[f'features.{i}.bias'].double(), padding=1).clamp(min=0)
             out.append(h)
         return out
-    heads = torch.load(vgg[1])
+    heads = torch.load(vgg[1], weights_only=True)
     wanted = sum((((a / (a ** 2).sum(1, True) ** 0.5 - b / (b ** 2).sum(1, True) ** 0.5) ** 2) * heads[f'lin{i}.model.1.weight'].double()).sum(1).mean((1, 2))
                  for i, (a, b) in enumerate(zip(features(x), features(y))))                    # Zhang 2018, eq. 1
     torch.testing.assert_close(VGG16(*vgg).distance(x, y).double(), wanted, rtol=1e-4, atol=0)
