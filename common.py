@@ -1934,7 +1934,7 @@ def prune(net, process, args, x_0, mask=None, context=None, extra=None):
                 n = b.norm2.num_groups
                 rows = [score(p).reshape(n, -1) for p in (b.conv1.weight, b.conv1.bias, b.time.weight, b.time.bias, b.norm2.weight, b.norm2.bias)]
                 rows = torch.cat([*rows, score(b.conv2.weight).transpose(0, 1).reshape(n, -1)], 1).mean(1)
-                keep = rows.topk(n - min(math.ceil(args.prune * n), n - 1)).indices.sort().values
+                keep = rows.topk(n - min(math.ceil(args.prune * n), n - 1)).indices.sort().values.cpu()
                 cut_block(b, torch.arange(b.norm2.num_channels).view(n, -1)[keep].flatten())
             dropped = total - sum(p.numel() for p in net.parameters())
     net.zero_grad(set_to_none=True)

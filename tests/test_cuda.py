@@ -83,6 +83,15 @@ def test_train_resume_sample(phantom, tmp_path, flags):
     assert len(list((tmp_path / 'set').glob('syn_*'))) == 4
 
 
+@pytest.mark.parametrize('flags', [['--prune-by', 'magnitude'], ['--prune-by', 'taylor'], ['--prune-how', 'weights']], ids=' '.join)
+def test_pruned_run_goes_on(phantom, tmp_path, flags):
+    """A run loses a third of its channels, or of its weights, on the card, and trains on with what is left."""
+    every = ['--preset', 'tiny', '--rflow', '--data', str(phantom), '--cache', str(tmp_path / 'c'), '--device', 'cuda', '--iters', '2']
+    train_bravo.main(train_bravo.get_args([*every, '--out', str(tmp_path / 'dense')]))
+    train_bravo.main(train_bravo.get_args([*every, '--out', str(tmp_path / 'cut'), '--init', str(tmp_path / 'dense'), '--prune', '0.3', *flags]))
+    assert common.load_run(tmp_path / 'cut').net
+
+
 def test_no_host_sync_in_a_step(net):
     """A forward, loss and backward wait for the GPU nowhere."""
     net, process = net.cuda(), RFlow(100)
