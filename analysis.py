@@ -160,6 +160,10 @@ def compare(args):
         write_csv(out / 'metrics.csv', ['metric', *sets, 'floor'], rows)
         bars(out / 'metrics.png', {m: {n: s['metrics'][m] for n, s in sets.items()} for m in metrics})
         saved += ['metrics.csv', 'metrics.png']
+        bands = {n: np.array(s['spectrum']['fake']) - s['spectrum']['real'] for n, s in sets.items() if 'spectrum' in s}
+        if bands:
+            plot(out / 'spectra.png', {n: (np.arange(1, len(dB) + 1), dB) for n, dB in bands.items()}, 'radial power less that of real images', 'cycles an image', 'dB')
+            saved.append('spectra.png')
         names, rows = differences(sets, metrics)
         if names:
             print0()

@@ -369,12 +369,11 @@ def quality(args):
     # sets with masks of the same patients, in the same order, are drawn alike: compare takes their draws in pairs
     alike = seed_of(args.part, args.seed, args.n, args.vgg_weights == 'none', *patients, *map(len, (train, test, others, fakes)))
     write_csv(out / 'draws.csv', list(mean[0]), [[float(d[0][name]) for name in mean[0]] for d in draws])
+    bands = {name: spectrum[i].mean(0) for name, i in (('fake', fakes), ('train', train), ('real', test))}
     report(out, intervals(list(mean[0]), mean, draws), dict(
         fake=args.fake, hash=made['bravo'], part=args.part, n=int(min(len(fakes), len(train), len(test), args.n)), sizes=sizes, repeats=args.repeats, drawn=alike,
-        correlation_cut=cut, copies=int((nearest > cut).sum())))
-    cycles = np.arange(1, spectrum.shape[1] + 1)
-    plot(out / 'spectrum.png', {n: (cycles, spectrum[i].mean(0)) for n, i in (('fake', fakes), ('train', train), (args.part, test))},
-         'radial power spectrum', 'cycles an image', 'dB', logx=True)
+        correlation_cut=cut, copies=int((nearest > cut).sum()), spectrum={name: [round(float(v), 3) for v in dB] for name, dB in bands.items()}))
+    plot(out / 'spectrum.png', {name: (np.arange(1, len(dB) + 1), dB) for name, dB in bands.items()}, 'radial power spectrum', 'cycles an image', 'dB', logx=True)
     print0(f'copies: {(nearest > cut).sum()} of {len(nearest)} images correlate above {cut:.3f} with a training image (the 99th percentile of real '
            f'held-out images); look at {out}/nearest.png')
 

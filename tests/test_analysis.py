@@ -31,8 +31,10 @@ def test_compare(trained, call, phantom, cache, tmp_path, capsys):
     wanted = json.loads((tmp_path / 'b/metrics.json').read_text())['metrics']['spectrum, dB']
     table = {r['metric']: r for r in csv.DictReader(open(tmp_path / 'out/metrics.csv'))}
     assert table['spectrum, dB']['b'].startswith(f'{wanted["fake"]:.3f} [') and float(table['spectrum, dB']['floor']) == pytest.approx(wanted['floor'], abs=1e-3)
-    for name in ('loss.png', 'held_out.png', 'loss_by_t.png', 'metrics.png'):
+    for name in ('loss.png', 'held_out.png', 'loss_by_t.png', 'metrics.png', 'spectra.png'):
         assert (tmp_path / 'out' / name).stat().st_size > 1000
+    bands, set_b = json.loads((tmp_path / 'b/metrics.json').read_text())['spectrum'], common.load_slices([tmp_path / 'set_b'], 16, training=False, cache=cache)
+    np.testing.assert_allclose(bands['fake'], evaluate.radial_spectrum(np.array(set_b.images)[:, 0]).mean(0), atol=1e-3)
     # the same masks: differences draw by draw, narrower than the two intervals say; a set drawn otherwise has none
     value = {n: json.loads((tmp_path / n / 'metrics.json').read_text())['metrics']['MS-SSIM within'] for n in 'ab'}
     draws = {n: [float(r['MS-SSIM within']) for r in csv.DictReader(open(tmp_path / n / 'draws.csv'))] for n in 'ab'}
