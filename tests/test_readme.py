@@ -15,7 +15,7 @@ import train_bravo
 import train_seg
 
 README = (Path(common.__file__).parent / 'README.md').read_text()
-FOREIGN = {'--help', '--nproc_per_node', '--ignore', '--slow', '--rounds', '--shapes', '--precisions', '--tokens'}          # torchrun's, pytest's, tests/bench.py's
+FOREIGN = {'--help', '--nproc_per_node', '--ignore', '--slow', '--rounds', '--shapes', '--precisions', '--tokens', '--lean'}          # torchrun's, pytest's, tests/bench.py's
 
 
 def flags(script, monkeypatch):
