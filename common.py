@@ -2668,7 +2668,7 @@ def plot(path, curves, title, xlabel, ylabel, logx=False, logy=False, size=(640,
 
     for axis, (low, high, log) in enumerate(((x0, x1, logx), (y0, y1, logy))):
         for k in ticks(low, high, log):
-            text, at = f'{10 ** k:.3g}' if log else f'{k:.4g}', put((k, y0) if axis == 0 else (x0, k))
+            text, at = f'{10 ** k:.4g}' if log else f'{k:.4g}', put((k, y0) if axis == 0 else (x0, k))
             draw.line([(at[0], T), (at[0], H - B)] if axis == 0 else [(L, at[1]), (W - R, at[1])], (225, 225, 225))
             width = draw.textlength(text, font)
             draw.text((at[0] - width / 2, H - B + 4) if axis == 0 else (L - width - 6, at[1] - 7), text, (60, 60, 60), font)
