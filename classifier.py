@@ -52,6 +52,7 @@ def get_args(argv=None):
             g.add_argument('--answers', nargs='+', default=(), metavar='DIR', help='folders with a labels.csv: of label, of corrupt')
             g.add_argument('--part', choices=('train', 'judge'), default='train', help='whose slices: train selects, judge reports')
             g.add_argument('--leave-out', nargs='+', choices=CLASSES, default=(), help='families to train without, and test on')
+            g.add_argument('--probe', metavar='FILE', help='VGG16 weights: a linear layer on their frozen features, of the judged images alone; seconds')
             g = c.add_argument_group('training')
             g.add_argument('--iters', type=number(int, 1), help='optimiser steps')
             g.add_argument('--minutes', type=number(float, 0, open_low=True), help='length by time: 20 steps are timed, then it is fixed; none: 5')
@@ -101,6 +102,10 @@ def get_args(argv=None):
     if args.command == 'corrupt' and Path(args.out).exists() and any(Path(args.out).iterdir()):
         fail(f'--out {args.out}: is not empty; give a new folder')
     if args.command == 'train':
+        if args.probe and not Path(args.probe).is_file():
+            fail(f'--probe {args.probe}: no such file; expected VGG16 weights under torchvision\'s names')
+        if args.probe and (not args.answers or args.iters or args.minutes or args.leave_out):
+            fail('--probe: learns at once, of judged images alone; give --answers, leave --iters, --minutes and --leave-out away')
         if args.iters and args.minutes:
             fail('--iters and --minutes both set the length; give one')
         if not args.iters and not args.minutes:
@@ -856,6 +861,65 @@ def logits_of(predict, images, masks, device):
     return np.concatenate([predict(copy_(images[p]), copy_(masks[p])).double().cpu().numpy() for p in parts])
 
 
+def logistic(x, y, strength):
+    """Weights (D,) and bias of logistic regression of y (N,) in {0,1} on x (N,D), fp64: the minimum of the summed NLL + strength / 2 |w|^2."""
+    x, y = torch.from_numpy(x), torch.from_numpy(y)
+    w = torch.zeros(x.shape[1] + 1, dtype=torch.float64, requires_grad=True)
+    opt = torch.optim.LBFGS([w], max_iter=2000, tolerance_grad=1e-8, tolerance_change=0, history_size=20, line_search_fn='strong_wolfe')
+
+    def loss():
+        opt.zero_grad()
+        value = F.binary_cross_entropy_with_logits(x @ w[1:] + w[0], y, reduction='sum') + strength / 2 * w[1:].square().sum()
+        value.backward()
+        return value
+
+    opt.step(loss)
+    w = w.detach().numpy()
+    return w[1:], float(w[0])
+
+
+def fit_probe(args, answers, device):
+    """A Probe of the judged images of --part: what a checkpoint of a detector holds, and the line about images that it had not learned from.
+
+    Patients (of the masks) are cut into 5 folds or fewer, each judged by what the others teach: the strength of the regularisation, temperature and
+    threshold come from there, where no image judges itself. The layer that is kept has learned from all.
+    """
+    net, mine = Probe(args.probe).to(device).eval(), answers.part == args.part
+    y, owners = answers.bad[mine].astype(float), answers.patients[mine]
+    names = np.unique(owners)
+    order = names[torch.randperm(len(names), generator=generator(args.seed, 'folds')).numpy()].tolist()
+    fold, folds = np.array([order.index(o) % 5 for o in owners]), range(min(5, len(names)))
+    if len(folds) < 2 or any(len(np.unique(y[fold != k])) < 2 for k in folds):
+        fail(f'--probe: needs images judged good and bad of several {args.part} patients; --answers has {int(y.sum())} bad of {len(y)}, of {len(names)}')
+    x = np.concatenate([net.describe(torch.from_numpy(v).to(device)).cpu().double().numpy() for v in np.split(answers.images[mine], range(64, len(y), 64))])
+    mean, scale = x.mean(0), (x.std(0) + 1e-6) * math.sqrt(x.shape[1])
+    x = (x - mean) / scale
+
+    def unseen(strength):
+        z = np.zeros(len(y))
+        for k in folds:
+            w, b = logistic(x[fold != k], y[fold != k], strength)
+            z[fold == k] = x[fold == k] @ w + b
+        return z
+
+    tried = {s: unseen(s) for s in (0.03, 0.1, 0.3, 1, 3, 10)}
+    strength = min(tried, key=lambda s: nll(tried[s], y))
+    z = tried[strength]
+    w, b = logistic(x, y, strength)
+    kinds = np.bincount(answers.kind[mine][answers.kind[mine] >= 0], minlength=len(CLASSES)) + 1
+    with torch.no_grad():
+        net.out.weight.zero_()[0] = torch.from_numpy(w / scale)
+        net.out.bias.copy_(torch.from_numpy(np.concatenate([[b - (mean / scale) @ w], np.log(kinds / kinds.sum())])))
+    temperature = fit_temperature(z, y)
+    threshold = threshold_for(1 / (1 + np.exp(-z[y > 0] / temperature)), args.target_tpr)
+    best = {k: v.half() if k.startswith('vgg') else v for k, v in net.state_dict().items()}
+    line = ['AUC, judged images, patients left out in turn', *auc_interval(z[y > 0], z[y == 0], owners[y > 0], owners[y == 0], args.repeats, args.seed), int(y.sum())]
+    flagged = (1 / (1 + np.exp(-z[y == 0] / temperature)) >= threshold).mean()
+    print0(f'{args.out}: {len(y)} judged images of {len(names)} {args.part} patients, {int(y.sum())} bad; strength {strength:g}, temperature {temperature:.2f}; threshold '
+           f'{threshold:.3f} catches {args.target_tpr:.0%} of the bad and {flagged:.1%} of the good')
+    return dict(best=best, temperature=temperature, threshold=threshold, prior=float(y.mean())), line
+
+
 def train(args):
     # run folder, data
     device, out = setup(args), Path(args.out)
@@ -871,6 +935,10 @@ def train(args):
     rows, val = pools[args.part], pools['val'][batch_rows(len(pools['val']), min(256, len(pools['val'])), 0, args.seed)]
     answers = judged_images(args.answers, args.size, args.split, args.cache, data.box, args.labels) if args.answers else None
     judged = {k: np.flatnonzero((answers.part == args.part) & (answers.bad == k)) for k in (0, 1)} if answers else {0: [], 1: []}
+    if args.probe:
+        kept, line = fit_probe(args, answers, device)
+        save_checkpoint(out, dict(kept, step=0, args=plain(args), box=list(data.box)))
+        return figures(args, out, data, pools['test'], answers, device, [line])
     known = [f for f in CLASSES if f not in args.leave_out]
     print0(f'{out}: {args.device}' + (f', going on from step {state["step"]}' if state else '')
            + f'; learns from {len(rows)} slices of {args.part} patients, {len(judged[0])} images judged good, {len(judged[1])} bad; '
@@ -992,8 +1060,8 @@ def train(args):
     figures(args, out, data, pools['test'], answers, device)
 
 
-def figures(args, out, data, rows, answers, device):
-    """What the detector does on test patients: metrics.csv and .json, confusion.csv, worst.png, reliability.png."""
+def figures(args, out, data, rows, answers, device, first=()):
+    """What the detector does on test patients, below lines that are known: metrics.csv and .json, confusion.csv, worst.png, reliability.png."""
     detector = load_detector(out, device)
     predict = lambda i, m: detector_logits(detector, i, m)
     rows = rows[torch.randperm(len(rows), generator=generator(args.seed, 'test')).numpy()[:args.test_slices]]
@@ -1001,7 +1069,7 @@ def figures(args, out, data, rows, answers, device):
     cells = [('', 0), *((f, s) for f in CLASSES for s in (1, 2, 3))]
     images = [faulty(data, rows, [cell] * len(rows), args.seed) for cell in progress(cells, 'test', leave=False)]
     z = np.stack([logits_of(predict, x, masks, device) for x in images])                                 # (19, N, 7)
-    table = []
+    table = list(first)
 
     def row(name, picked, good=z[0, :, 0], owners=patients):
         bad = z[picked, :, 0].ravel() if isinstance(picked, list) else picked[0]

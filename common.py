@@ -3544,22 +3544,24 @@ class Log:
 class VGG16(nn.Module):
     """ImageNet VGG16 features and the LPIPS distance (Simonyan 2015; Zhang 2018). Frozen, fp32.
 
-    file: torchvision's names (features.0.weight ...); none: torchvision's file is fetched. heads: LPIPS linear heads
-    (lin0.model.1.weight ...); none: the five layers' distances are added unweighted.
+    file: torchvision's names (features.0.weight ...); none: torchvision's file is fetched; False: weights follow. heads: LPIPS linear heads
+    (lin0.model.1.weight ...); none: the five layers' distances are added unweighted. depth: so many of its modules (23: to relu4_3).
     """
 
     LAYERS = (64, 64, 'M', 128, 128, 'M', 256, 256, 256, 'M', 512, 512, 512, 'M', 512, 512, 512)
     TAPS = (3, 8, 15, 22, 29)                               # relu1_2, 2_2, 3_3, 4_3, 5_3
     URL = 'https://download.pytorch.org/models/vgg16-397923af.pth'
 
-    def __init__(self, file=None, heads=None):
+    def __init__(self, file=None, heads=None, depth=30):
         super().__init__()
         layers, c = [], 3
         for width in self.LAYERS:
             layers += [nn.MaxPool2d(2)] if width == 'M' else [nn.Conv2d(c, width, 3, padding=1), nn.ReLU()]
             c = c if width == 'M' else width
-        self.features = nn.Sequential(*layers)
-        if file is None:
+        self.features = nn.Sequential(*layers[:depth])
+        if file is False:
+            state = self.state_dict()
+        elif file is None:
             try:
                 state = torch.hub.load_state_dict_from_url(self.URL, map_location='cpu', weights_only=True)
             except Exception as e:
@@ -3678,6 +3680,25 @@ class Detector(nn.Module):
         return self.out(torch.cat([h.mean((2, 3)), h.amax((2, 3)), (h.var((2, 3), correction=0) + 1e-4).sqrt()], 1))
 
 
+class Probe(nn.Module):
+    """The same question put to frozen ImageNet features: (B,2,S,S) -> (B,7) logits. Mean and deviation over the positions of VGG16's relu3_3
+    and relu4_3, the same for an image and its mirror image, then one linear layer. Blind to the mask; of the kind of fault it says only
+    how often each was named. For hundreds of answers, of which a network of one's own cannot learn. file: of VGG16's weights.
+    """
+
+    def __init__(self, file=False):
+        super().__init__()
+        self.vgg, self.out = VGG16(file, depth=23), nn.Linear(2 * (256 + 512), 1 + len(CLASSES))
+
+    def describe(self, images):
+        """(B,1,S,S) in [-1,1] -> (B,1536)."""
+        sides = [torch.cat([v for f in self.vgg(x)[2:] for v in (f.mean((2, 3)), (f.var((2, 3)) + 1e-4).sqrt())], 1) for x in (images, images.flip(-1))]
+        return (sides[0] + sides[1]) / 2
+
+    def forward(self, x):
+        return self.out(self.describe(x[:, :1]))
+
+
 def load_detector(path, device='cpu'):
     """A detector of classifier.py train (a run folder or a checkpoint): net (eval, frozen), temperature, threshold on p(bad), prior
     (share of bad images that p(bad) assumes), part (whose patients it learned from: train selects, judge reports), args, hash, path."""
@@ -3686,7 +3707,8 @@ def load_detector(path, device='cpu'):
         fail(f'{path}: is not a detector; expected a run of classifier.py train')
     if state['temperature'] is None:
         fail(f'{path}: is an unfinished detector (step {state["step"]}); run its classifier.py train command again, it goes on')
-    net, args = Detector(), argparse.Namespace(**state['args'])
+    args = argparse.Namespace(**state['args'])
+    net = Probe() if getattr(args, 'probe', None) else Detector()
     try:
         net.load_state_dict(state['best'])
     except RuntimeError as e:

@@ -1,5 +1,6 @@
 """Corruptions, calibration, and a detector that learns: closed forms, brute force, resume to the same bits."""
 import json
+import math
 import shutil
 
 import numpy as np
@@ -279,8 +280,9 @@ def test_the_parts_see_different_patients(phantom, cache, tmp_path, monkeypatch)
         assert found == {'val', 'test'} and load_detector(tmp_path / part).part == part
 
 
-def test_training_on_answers_finds_an_easy_fault(phantom, cache, tmp_path):
-    """A set whose bad images have a checkerboard: AUC on the judged images of patients it never saw, above 0.9 after 60 steps."""
+@pytest.fixture
+def judged(phantom, cache, tmp_path):
+    """A set whose bad images have a checkerboard, and the answers to it."""
     data, rows, manifest = load_slices([phantom], 16, cache=cache), [], []
     for i, t in enumerate(data.table):
         for bad in (0, 1):
@@ -290,6 +292,11 @@ def test_training_on_answers_finds_an_easy_fault(phantom, cache, tmp_path):
             rows.append(['r', f'{bad}-{i}', str(tmp_path / 'set'), f'f_{bad}_{i:03d}', ('good', 'bad')[bad], ('', 'artefact')[bad], ('', 3)[bad], 1, 0, ''])
     common.write_csv(tmp_path / 'set/manifest.csv', ['folder', 'source_patient'], manifest)
     common.write_csv(tmp_path / 'set/labels.csv', common.LABELS, rows)
+    return tmp_path / 'set'
+
+
+def test_training_on_answers_finds_an_easy_fault(phantom, cache, tmp_path, judged):
+    """AUC on the judged images of patients it never saw, above 0.9 after 60 steps."""
     run('train', '--data', phantom, '--cache', cache, '--out', tmp_path / 'run', '--device', 'cpu', *TINY, '--iters', 60, '--val-every', 20,
         '--batch-size', 16, '--answers', tmp_path / 'set')
     got = json.loads((tmp_path / 'run/metrics.json').read_text())['detector']['AUC, judged images of other patients']
@@ -297,6 +304,42 @@ def test_training_on_answers_finds_an_easy_fault(phantom, cache, tmp_path):
     run('score', '--data', tmp_path / 'set', '--detector', tmp_path / 'run', '--cache', cache, '--out', tmp_path / 'score', '--device', 'cpu')
     scores = {r['folder']: r for r in read_csv(tmp_path / 'score/scores.csv')}
     assert auc(*(np.array([float(r['p_bad']) for n, r in scores.items() if n.startswith(f'f_{bad}')]) for bad in (1, 0))) > 0.9
+
+
+def test_logistic_regression():
+    """Its slope is 0, penalty included; strength 0 on a table is the table's log odds."""
+    g = np.random.default_rng(0)
+    x, y = g.normal(size=(40, 60)), (g.random(40) < 0.4).astype(float)
+    w, b = classifier.logistic(x, y, 0.3)
+    error = 1 / (1 + np.exp(-(x @ w + b))) - y
+    assert np.abs(x.T @ error + 0.3 * w).max() < 1e-6 and abs(error.sum()) < 1e-6 and np.abs(w).max() > 0.1
+    table = np.repeat([[0.0], [1.0]], 10, 0), np.r_[np.arange(10) < 2, np.arange(10) < 7].astype(float)
+    w, b = classifier.logistic(*table, 0)
+    assert b == pytest.approx(math.log(2 / 8), abs=1e-6) and b + w[0] == pytest.approx(math.log(7 / 3), abs=1e-6)
+
+
+def test_probe(phantom, cache, tmp_path, judged, capsys):
+    """A linear layer on frozen features: finds the checkerboard in patients it did not learn from, is blind to left and right and to the mask,
+    has a slope in the image, and is loaded without the file that its features came from."""
+    torch.manual_seed(0)
+    torch.save({k: v.half() for k, v in common.VGG16(False).state_dict().items()}, tmp_path / 'vgg.pth')
+    run('train', '--data', phantom, '--cache', cache, '--out', tmp_path / 'run', '--device', 'cpu', '--size', 16, '--test-slices', 8, '--repeats', 20,
+        '--answers', judged, '--probe', tmp_path / 'vgg.pth')
+    found = json.loads((tmp_path / 'run/metrics.json').read_text())['detector']
+    assert found['AUC, judged images, patients left out in turn']['value'] > 0.9 and found['AUC, judged images of other patients']['value'] > 0.9
+    (tmp_path / 'vgg.pth').unlink()
+    d, data = load_detector(tmp_path / 'run'), load_slices([judged], 16, cache=cache, training=False)
+    x, m = torch.tensor(data.images[:6]).requires_grad_(), torch.tensor(data.masks[:6]).float()
+    z = detector_logits(d, x, m)
+    assert z.shape == (6, 7) and torch.allclose(z, detector_logits(d, x.flip(-1), 1 - m), atol=1e-5) and (z[:, 1:] == z[0, 1:]).all()
+    z[:, 0].sum().backward()
+    assert x.grad.isfinite().all() and (x.grad.flatten(1).abs().amax(1) > 0).all()
+    p = 1 / (1 + np.exp(-detector_logits(d, torch.tensor(data.images), torch.tensor(data.masks).float())[:, 0].double().numpy()))
+    bad = np.array([t['folder'].startswith('f_1') for t in data.table])
+    assert (p[bad] >= d.threshold).mean() >= 0.9 > 0.1 >= (p[~bad] >= d.threshold).mean()
+    with pytest.raises(SystemExit):                                          # it is never written over
+        run('train', '--data', phantom, '--cache', cache, '--out', tmp_path / 'run', '--device', 'cpu', '--size', 16, '--answers', judged, '--probe', tmp_path / 'run/ckpt.pt')
+    assert 'choose another --out' in capsys.readouterr().err
 
 
 def test_majority_of_raters(phantom, cache, tmp_path):

@@ -334,6 +334,8 @@ DETECT = [
     ('train --data {phantom} --iters 1 --answers {files}/answers', "--answers answers verdict 'fine' good, bad, unsure"),
     ('train --data {phantom} --iters 1 --answers {files}/gone', '--answers {files}/nowhere no folder here'),
     ('train --data {phantom} --iters 1 --answers {files}/silent', '--answers silent no answer'),
+    ('train --data {phantom} --probe none.pth', '--probe none.pth no such file'),
+    ('train --data {phantom} --probe {files}/notes.txt', '--probe judged images --answers'),
     ('train --data {phantom} --leave-out colour', "--leave-out 'colour' anatomical"),
     ('train --data {phantom} --leave-out anatomical textural boundary intensity artefact conditioning', '--leave-out no family'),
     ('train --data {phantom} --target-tpr 0', "--target-tpr '0' above 0"),
