@@ -879,7 +879,7 @@ def logistic(x, y, strength):
 
 
 def fit_probe(args, answers, device):
-    """A Probe of the judged images of --part: what a checkpoint of a detector holds, and the line about images that it had not learned from.
+    """A Probe of the judged images of --part: what a checkpoint of a detector holds, and lines about images that it had not learned from.
 
     Patients (of the masks) are cut into 5 folds or fewer, each judged by what the others teach: the strength of the regularisation, temperature and
     threshold come from there, where no image judges itself. The layer that is kept has learned from all.
@@ -913,11 +913,13 @@ def fit_probe(args, answers, device):
     temperature = fit_temperature(z, y)
     threshold = threshold_for(1 / (1 + np.exp(-z[y > 0] / temperature)), args.target_tpr)
     best = {k: v.half() if k.startswith('vgg') else v for k, v in net.state_dict().items()}
-    line = ['AUC, judged images, patients left out in turn', *auc_interval(z[y > 0], z[y == 0], owners[y > 0], owners[y == 0], args.repeats, args.seed), int(y.sum())]
-    flagged = (1 / (1 + np.exp(-z[y == 0] / temperature)) >= threshold).mean()
+    said = 1 / (1 + np.exp(-z / temperature)) >= threshold
+    caught, flagged = float(said[y > 0].mean()), float(said[y == 0].mean())
+    lines = [['AUC, judged images, patients left out in turn', *auc_interval(z[y > 0], z[y == 0], owners[y > 0], owners[y == 0], args.repeats, args.seed), int(y.sum())],
+             ['bad caught at threshold', caught, '', '', int(y.sum())], ['good flagged at threshold', flagged, '', '', int((y == 0).sum())]]
     print0(f'{args.out}: {len(y)} judged images of {len(names)} {args.part} patients, {int(y.sum())} bad; strength {strength:g}, temperature {temperature:.2f}; threshold '
-           f'{threshold:.3f} catches {args.target_tpr:.0%} of the bad and {flagged:.1%} of the good')
-    return dict(best=best, temperature=temperature, threshold=threshold, prior=float(y.mean())), line
+           f'{threshold:.3f} catches {caught:.1%} of the bad and {flagged:.1%} of the good')
+    return dict(best=best, temperature=temperature, threshold=threshold, prior=float(y.mean())), lines
 
 
 def train(args):
@@ -936,9 +938,9 @@ def train(args):
     answers = judged_images(args.answers, args.size, args.split, args.cache, data.box, args.labels) if args.answers else None
     judged = {k: np.flatnonzero((answers.part == args.part) & (answers.bad == k)) for k in (0, 1)} if answers else {0: [], 1: []}
     if args.probe:
-        kept, line = fit_probe(args, answers, device)
+        kept, lines = fit_probe(args, answers, device)
         save_checkpoint(out, dict(kept, step=0, args=plain(args), box=list(data.box)))
-        return figures(args, out, data, pools['test'], answers, device, [line])
+        return figures(args, out, data, pools['test'], answers, device, lines)
     known = [f for f in CLASSES if f not in args.leave_out]
     print0(f'{out}: {args.device}' + (f', going on from step {state["step"]}' if state else '')
            + f'; learns from {len(rows)} slices of {args.part} patients, {len(judged[0])} images judged good, {len(judged[1])} bad; '
@@ -1087,9 +1089,9 @@ def figures(args, out, data, rows, answers, device, first=()):
     p = 1 / (1 + np.exp(-np.concatenate([z[0, :, 0], z[turn, np.arange(len(rows)), 0]])))
     y = np.repeat([0.0, 1.0], len(rows))
     error, mean_p, share = ece(p, y)
-    table += [['ECE', error, '', '', len(p)], ['ECE of a perfectly calibrated one', ece_floor(p), '', '', len(p)],
-              ['bad caught at threshold', (p[y > 0] >= detector.threshold).mean(), '', '', len(rows)],
-              ['good flagged at threshold', (p[y == 0] >= detector.threshold).mean(), '', '', len(rows)]]
+    table += [r for r in (['ECE', error, '', '', len(p)], ['ECE of a perfectly calibrated one', ece_floor(p), '', '', len(p)],
+                          ['bad caught at threshold', (p[y > 0] >= detector.threshold).mean(), '', '', len(rows)],
+                          ['good flagged at threshold', (p[y == 0] >= detector.threshold).mean(), '', '', len(rows)]) if r[0] not in {line[0] for line in first}]
     if answers:
         held = ~np.isin(answers.part, (args.part, 'val'))
         za, bad = logits_of(predict, answers.images, answers.masks, device)[:, 0], answers.bad > 0

@@ -327,6 +327,7 @@ def test_probe(phantom, cache, tmp_path, judged, capsys):
         '--answers', judged, '--probe', tmp_path / 'vgg.pth')
     found = json.loads((tmp_path / 'run/metrics.json').read_text())['detector']
     assert found['AUC, judged images, patients left out in turn']['value'] > 0.9 and found['AUC, judged images of other patients']['value'] > 0.9
+    assert 0.9 <= found['bad caught at threshold']['value'] and found['bad caught at threshold']['n'] == found['good flagged at threshold']['n'] == 3 * 7    # of judged images
     (tmp_path / 'vgg.pth').unlink()
     d, data = load_detector(tmp_path / 'run'), load_slices([judged], 16, cache=cache, training=False)
     x, m = torch.tensor(data.images[:6]).requires_grad_(), torch.tensor(data.masks[:6]).float()
