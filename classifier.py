@@ -892,24 +892,28 @@ def fit_probe(args, answers, device):
     if len(folds) < 2 or any(len(np.unique(y[fold != k])) < 2 for k in folds):
         fail(f'--probe: needs images judged good and bad of several {args.part} patients; --answers has {int(y.sum())} bad of {len(y)}, of {len(names)}')
     x = np.concatenate([net.describe(torch.from_numpy(v).to(device)).cpu().double().numpy() for v in np.split(answers.images[mine], range(64, len(y), 64))])
-    mean, scale = x.mean(0), (x.std(0) + 1e-6) * math.sqrt(x.shape[1])
-    x = (x - mean) / scale
+
+    def learn(rows, strength):
+        """Weights (D,) and bias on the features as they are; standardised by those rows alone, so that the others tell nothing."""
+        mean, scale = x[rows].mean(0), (x[rows].std(0) + 1e-6) * math.sqrt(x.shape[1])
+        w, b = logistic((x[rows] - mean) / scale, y[rows], strength)
+        return w / scale, b - (mean / scale) @ w
 
     def unseen(strength):
         z = np.zeros(len(y))
         for k in folds:
-            w, b = logistic(x[fold != k], y[fold != k], strength)
+            w, b = learn(fold != k, strength)
             z[fold == k] = x[fold == k] @ w + b
         return z
 
     tried = {s: unseen(s) for s in (0.03, 0.1, 0.3, 1, 3, 10)}
     strength = min(tried, key=lambda s: nll(tried[s], y))
     z = tried[strength]
-    w, b = logistic(x, y, strength)
+    w, b = learn(y >= 0, strength)
     kinds = np.bincount(answers.kind[mine][answers.kind[mine] >= 0], minlength=len(CLASSES)) + 1
     with torch.no_grad():
-        net.out.weight.zero_()[0] = torch.from_numpy(w / scale)
-        net.out.bias.copy_(torch.from_numpy(np.concatenate([[b - (mean / scale) @ w], np.log(kinds / kinds.sum())])))
+        net.out.weight.zero_()[0] = torch.from_numpy(w)
+        net.out.bias.copy_(torch.from_numpy(np.array([b, *np.log(kinds / kinds.sum())])))
     temperature = fit_temperature(z, y)
     threshold = threshold_for(1 / (1 + np.exp(-z[y > 0] / temperature)), args.target_tpr)
     best = {k: v.half() if k.startswith('vgg') else v for k, v in net.state_dict().items()}

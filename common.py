@@ -1085,6 +1085,7 @@ class Conv3d(nn.Conv3d):
     splits = 1
 
     def forward(self, x):
+        """x (B,C,D,H,W) -> what nn.Conv3d makes of it."""
         if self.splits == 1:
             return super().forward(x)
         size, stride, pad = self.kernel_size[0], self.stride[0], self.padding[0]
@@ -3570,7 +3571,7 @@ class VGG16(nn.Module):
             state = load_checkpoint(file)
         wanted = self.features.state_dict(prefix='features.')
         if not isinstance(state, dict) or not all(k in state and state[k].shape == v.shape for k, v in wanted.items()):
-            fail(f'--perceptual-weights {file}: lacks the 13 convolutions of VGG16 (features.0.weight ...)')
+            fail(f'VGG16 weights {file}: lacks convolutions of VGG16 under torchvision\'s names (features.0.weight ...)')
         self.load_state_dict({k: state[k] for k in wanted})
         self.register_buffer('mean', torch.tensor([0.485, 0.456, 0.406])[:, None, None], persistent=False)
         self.register_buffer('std', torch.tensor([0.229, 0.224, 0.225])[:, None, None], persistent=False)
