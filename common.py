@@ -23,7 +23,7 @@ Glossary (code name: the field's symbol)
   part  train | val | judge | test                box   the brain box: y0, x0, y1, x1 as fractions of the view
   token   the width numbers that stand for a patch       grid   patches along each axis; N of them in all
 """
-import argparse, contextlib, copy, csv, ctypes, hashlib, io, itertools, json, math, os, re, shutil, signal, sys, time, uuid
+import argparse, contextlib, copy, csv, ctypes, hashlib, io, itertools, json, math, os, re, shutil, signal, sys, time, uuid, warnings
 from collections import Counter, deque
 from pathlib import Path
 
@@ -3238,7 +3238,8 @@ def save_checkpoint(out, state, keep_every=0):
 def load_file(path):
     """torch.load that runs no code. Fails on anything but tensors and plain values."""
     try:
-        return torch.load(path, map_location='cpu', weights_only=True)
+        with warnings.catch_warnings(action='ignore', category=UserWarning):       # about the pickle's version: the line below says what counts
+            return torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e:                                      # torch raises many kinds for a damaged or hostile file
         fail(f'{path}: is no checkpoint that can be loaded safely ({type(e).__name__}); expected a ckpt.pt of this '
              'repository or a plain state dict')

@@ -135,7 +135,7 @@ TRAIN = [  # script, flags, words of the line
     ('bravo', '--perceptual 0.1 --lpips-weights none.pth', '--lpips-weights none.pth no such file'),
     ('bravo', '--perceptual 0.1 --perceptual-weights {files}/plain.pt', 'weights plain.pt features.0.weight'),
     ('bravo', '--perceptual 0.1 --perceptual-weights {files}/list.pt', 'weights list.pt features.0.weight'),
-    ('bravo', '--perceptual 0.1 --perceptual-weights {files}/tensor.pt', '--perceptual-weights tensor.pt'),
+    ('bravo', '--perceptual 0.1 --perceptual-weights {files}/tensor.pt', 'weights tensor.pt features.0.weight'),
     ('bravo', '--perceptual -1', "--perceptual '-1' at least 0"),
     ('seg', '--data none', '--data none no such folder one folder a patient'),
     ('seg', '--data {files}/empty', '--data empty bravo, seg'),

@@ -389,7 +389,7 @@ class Evil:
 
 @pytest.mark.parametrize('how', ['load_run', 'folder', 'sample', 'init', 'perceptual', 'lpips', 'resume'])
 @pytest.mark.parametrize('form', ['torch', 'pickle'])
-@pytest.mark.filterwarnings('ignore:Detected pickle protocol')
+@pytest.mark.filterwarnings('error:Detected pickle protocol')
 def test_a_hostile_file_is_refused_and_not_run(call, tmp_path, capsys, how, form):
     mark, file, out = tmp_path / 'mark', tmp_path / 'ckpt.pt', tmp_path / 'out'
     content = dict(args=Evil(mark), ema={}, box=(), in_channels=1)
