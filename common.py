@@ -905,7 +905,7 @@ class CPUAttention(torch.autograd.Function):
     """softmax(q k^T) v on the CPU, with a backward that keeps one score matrix instead of three and works in place.
 
     1,024 queries at a time, so that the other score matrices are small. With P = softmax(q k^T) and g the gradient of out = P v:
-    dv = P^T g, dS = P * (g v^T - rowsum(g * out)), dq = dS k, dk = dS^T q. Scores in q's precision, softmax in fp32 inside.
+    dv = P^T g, dP = g v^T, dS = P * (dP - rowsum(dP * P)), dq = dS k, dk = dS^T q. Scores in q's precision, softmax in fp32 inside.
     """
 
     @staticmethod
@@ -913,16 +913,17 @@ class CPUAttention(torch.autograd.Function):
         with torch.autocast('cpu', enabled=False):              # it would copy the largest matrix of the network to fp32 and back
             kept = [(part @ k.mT).softmax(-1) for part in q.split(1024, -2)]
             out = torch.cat([p @ v for p in kept], -2)
-        ctx.save_for_backward(q, k, v, out, *kept)
+        ctx.save_for_backward(q, k, v, *kept)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
-        q, k, v, out, *kept = ctx.saved_tensors
-        inner, dq, dk, dv = (g * out).sum(-1, keepdim=True), [], 0, 0
-        for p, q, g, inner in zip(kept, *(x.split(1024, -2) for x in (q, g, inner))):
-            ds = (g @ v.mT).sub_(inner).mul_(p)
+        q, k, v, *kept = ctx.saved_tensors
+        dq, dk, dv = [], 0, 0
+        for p, q, g in zip(kept, q.split(1024, -2), g.split(1024, -2)):
+            ds = g @ v.mT
+            torch.ops.aten._softmax_backward_data(ds, p, -1, ds.dtype, grad_input=ds)
             dq.append(ds @ k)
             dk, dv = dk + ds.mT @ q, dv + p.mT @ g
         return torch.cat(dq, -2), dk, dv
@@ -938,8 +939,10 @@ class CPUGroupNorm(torch.autograd.Function):
 
     @staticmethod
     def norm(x, weight, bias, groups, eps):
+        small = x.dtype == torch.bfloat16 and x[0].numel() < 2 ** 16                          # torch walks such maps value by value in bf16, not in fp32
         with torch.autocast('cpu', enabled=False):
-            return torch.native_group_norm(x, weight, bias, *x.shape[:2], x.shape[2:].numel(), groups, eps)
+            out, mean, rstd = torch.native_group_norm(x.float() if small else x, weight, bias, *x.shape[:2], x.shape[2:].numel(), groups, eps)
+        return out.to(x.dtype), mean, rstd
 
     @staticmethod
     def forward(ctx, x, weight, bias, groups, eps, silu):
@@ -1134,6 +1137,37 @@ class ResBlock(nn.Module):
         return h
 
 
+class Interleave(torch.autograd.Function):
+    """(B, 2^dims C, *n+1) -> (B, C, *2n): the 2^dims blocks of channels are the phases of the fine grid; phase p along an axis lies on the
+    positions p .. p+n-1 of the coarse one. Autograd alone would fill a tensor of outs' size for every phase and add them up."""
+
+    @staticmethod
+    def phases(outs):
+        """For each phase its part of outs (B,C,*n) and its positions on the fine grid."""
+        dims = outs.ndim - 2
+        return [(part[(..., *(slice(p, p + n - 1) for p, n in zip(phase, outs.shape[2:])))], (..., *(slice(p, None, 2) for p in phase)))
+                for phase, part in zip(itertools.product((0, 1), repeat=dims), outs.chunk(2 ** dims, 1))]
+
+    @staticmethod
+    def forward(ctx, outs):
+        dims = outs.ndim - 2
+        last = (torch.channels_last, torch.channels_last_3d)[dims - 2]
+        ctx.like = dict(size=outs.shape, dtype=outs.dtype, device=outs.device,
+                        memory_format=last if outs.is_contiguous(memory_format=last) else torch.contiguous_format)
+        y = torch.empty(**{**ctx.like, 'size': (len(outs), outs.shape[1] // 2 ** dims, *(2 * (n - 1) for n in outs.shape[2:]))})
+        for part, fine in Interleave.phases(outs):
+            y[fine] = part
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        outs = torch.empty(**ctx.like).zero_()
+        for part, fine in Interleave.phases(outs):
+            part.copy_(g[fine])
+        return outs
+
+
 class Upsample(nn.Module):
     """Nearest upsampling by 2, then a 3-wide convolution, computed on the small grid.
 
@@ -1154,15 +1188,7 @@ class Upsample(nn.Module):
         rule = 'oi' + axes + ''.join(f',{a.upper()}{b}{a}' for a, b in zip(axes, 'rst')) + '->' + axes.upper() + 'oi' + 'rst'[:dims]
         small = torch.einsum(rule, w, *[self.taps.to(w.dtype)] * dims)                                    # (2,.., O, I, 2,..)
         outs = (F.conv2d, F.conv3d)[dims - 2](x, small.flatten(0, dims), self.conv.bias.repeat(2 ** dims), padding=1)
-        n, c = x.shape[2:], len(self.conv.bias)
-        last = (torch.channels_last, torch.channels_last_3d)[dims - 2]
-        y = torch.empty(x.shape[0], c, *(2 * s for s in n), dtype=outs.dtype, device=x.device,
-                        memory_format=last if outs.is_contiguous(memory_format=last) else torch.contiguous_format)
-        for i in range(2 ** dims):
-            phase = [(i >> (dims - 1 - a)) & 1 for a in range(dims)]
-            part = outs[(slice(None), slice(i * c, (i + 1) * c), *(slice(p, p + s) for p, s in zip(phase, n)))]
-            y[(..., *(slice(p, None, 2) for p in phase))] = part
-        return y
+        return Interleave.apply(outs)
 
 
 def space_to_depth(x, factor):
