@@ -1,4 +1,5 @@
 """The data layer: geometry, normalisation, masks that shrink, the split, the cache, writing and reading back."""
+import functools
 import json
 import multiprocessing
 
@@ -6,8 +7,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import common
+import train_bravo
 from common import (PARTS, Slices, augment, components, crop, decode_patient, find_patients, generator, load_slices, make_phantom, measure_box,
                     normalise, part_of, phantom_patient, read_nifti, shrink_mask, split_patients, square_view, write_patient)
 
@@ -145,11 +148,13 @@ def test_split(tmp_path):
     assert [(p['name'], p['part']) for p in found] == [('a', 'test'), ('a', 'test'), ('b_1', 'train')]
 
 
-def test_cache(tmp_path, phantom, capsys):
+def test_cache(tmp_path, phantom, monkeypatch):
     """A second start decodes nothing; a changed file, size or speck limit does; two processes at once agree."""
     first = load_slices([phantom], 16, cache=tmp_path / 'c')
     before = {f: f.stat().st_mtime_ns for f in (tmp_path / 'c').rglob('*.*')}
-    again = load_slices([phantom], 16, cache=tmp_path / 'c')
+    with monkeypatch.context() as m:
+        m.setattr(common, 'decode_patient', lambda *a, **k: pytest.fail('decoded again'))
+        again = load_slices([phantom], 16, cache=tmp_path / 'c')
     assert {f: f.stat().st_mtime_ns for f in (tmp_path / 'c').rglob('*.*')} == before
     assert np.array_equal(first.images, again.images) and isinstance(again.images, np.memmap)
     load_slices([phantom], 16, cache=tmp_path / 'c', speck=9.0)
@@ -160,6 +165,24 @@ def test_cache(tmp_path, phantom, capsys):
     assert [j.exitcode for j in jobs] == [0, 0]
     assert np.array_equal(first.images, load_slices([phantom], 16, cache=tmp_path / 'd').images)
     assert not list((tmp_path / 'd').glob('.*'))
+
+
+def test_without_data_the_phantom_is_made_and_named(tmp_path, monkeypatch, capsys):
+    """The README's first command, smaller: the phantom is written beside the cache and said to be made up; the picture shows its real slices and their masks
+    above two images generated for each."""
+    monkeypatch.setattr(common, 'make_phantom', functools.partial(make_phantom, patients=14, slices=3, size=32))
+    shown, real = {}, common.save_grid
+    monkeypatch.setattr(train_bravo, 'save_grid', lambda path, rows, labels, zoom: (shown.update(zip(labels, rows)), real(path, rows, labels, zoom)))
+    flags = ['--rflow', '--steps', '100', '--preset', 'tiny', '--iters', '2', '--cache', str(tmp_path / 'cache'), '--out', str(tmp_path / 'run')]
+    for again in (False, True):
+        train_bravo.main(train_bravo.get_args([*flags[:-1], str(tmp_path / f'run{again}')]))
+        assert f'no --data given: using the built-in phantom in {tmp_path}/phantom' in capsys.readouterr().out
+    assert len(list((tmp_path / 'phantom').glob('phantom_0_*'))) == 14
+    data = load_slices([tmp_path / 'phantom'], 16, cache=tmp_path / 'cache')
+    known = {data.images[i].tobytes(): data.masks[i] for i in data.rows('val') if data.table[i]['tumour']}
+    assert list(shown) == ['real', 'mask', 'generated', 'generated 2', 'with mask'] and (tmp_path / 'runTrue/samples_000002.png').exists()
+    for x, m, a, b in zip(*(shown[k] for k in ('real', 'mask', 'generated', 'generated 2'))):
+        assert np.array_equal((np.asarray(m) + 1) / 2, known[np.asarray(x, np.float32).tobytes()][0]) and not np.array_equal(a, b)
 
 
 def test_empty_slices():
@@ -214,6 +237,31 @@ def test_phantom(tmp_path):
     make_phantom(tmp_path / 'a', 2, 5, 2, 32), make_phantom(tmp_path / 'b', 1, 5, 2, 32)
     for f in ('bravo', 't1_pre', 'seg'):
         assert np.array_equal(read_nifti(tmp_path / f'a/phantom_5_000/{f}.nii.gz')[0], read_nifti(tmp_path / f'b/phantom_5_000/{f}.nii.gz')[0])
+
+
+def test_phantom_looks_like_a_head():
+    """A bright scalp, a dark skull, brain; dark ventricles in the middle; lesions of 2 to 41 mm that all enhance: the small ones solid, a third of the large ones
+    rings."""
+    lesions = []
+    for i in range(12):
+        pre, post, seg, spacing = phantom_patient(generator('phantom', 0, i), 10, 128)
+        head = common.head_mask(pre[5:6])[0]
+        y, x = (int(v.mean()) for v in np.nonzero(head))
+        line = pre[5, y, np.nonzero(head[y])[0].min():x]                                       # from the left ear to the middle
+        assert line[:8].max() > 0.4 and line[4:12].min() < 0.25 and np.median(line[14:]) > 0.45
+        assert 0.05 < (pre[5, y - 30:y + 30, x - 25:x + 25] < 0.3).mean() < 0.35
+        for z, (found, n) in enumerate(map(components, seg)):
+            for k in range(1, n + 1):
+                inner = torch.from_numpy(found == k)[None, None].float()
+                whole, rim = inner[0, 0].bool(), (inner + F.max_pool2d(-inner, 3, 1, 1))[0, 0].bool()
+                while (less := -F.max_pool2d(-inner, 3, 1, 1)).sum() >= max(4, 0.12 * whole.sum()):
+                    inner = less
+                lesions.append((2 * (whole.sum() * spacing[1] * spacing[2] / np.pi) ** 0.5, post[z][inner[0, 0].bool()].mean() / post[z][rim].mean(),
+                                (post - pre)[z][whole].mean()))
+    size, core, enhancement = np.array(lesions).T
+    assert size.min() > 1.5 and size.max() < 42 and 8 < np.median(size) < 25 and enhancement.min() > 0.1
+    large = core[size > 14]
+    assert (core[size < 10] > 0.95).all() and 0.15 < (large < 0.7).mean() < 0.6 and (large > 1).mean() > 0.3
 
 
 def test_slice_level(tmp_path):

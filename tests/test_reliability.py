@@ -530,36 +530,39 @@ BOTH = '''
 import json, os, sys
 import torch
 torch.set_num_threads(1)
-import sample, train_bravo
-train, draw = json.loads(sys.argv[1])
-train_bravo.main(train_bravo.get_args(train))
-sample.main(sample.get_args(draw))
+import sample, train_bravo, train_seg
+for name, flags in json.loads(sys.argv[1]):
+    script = dict(bravo=train_bravo, seg=train_seg, sample=sample)[name]
+    script.main(script.get_args(flags))
 '''
 
 
 def test_two_processes_equal_one(call, pair, tmp_path, phantom, cache):
-    """torchrun with 2: the same losses (1e-5) and weights, the same folders and masks, images within 1e-4."""
-    train = ['--rflow', '--slice-level', '--augment', '--accumulate', 2, '--save-every', 1, '--sample-every', 2]
+    """torchrun with 2: the same losses (1e-5) and weights of RFlow images and DDPM masks, the same folders and masks, images within 1e-4."""
+    trains = {'bravo': ['--rflow', '--slice-level', '--augment', '--accumulate', 2, '--save-every', 1, '--sample-every', 2],
+              'seg': ['--steps', 50, '--controllable', '--p-uncond', 0.1, '--min-snr', 5, '--save-every', 1, '--sample-every', 2]}
     draw = [*pair, '--steps', 3, '--seg-steps', 3, '--n', 5, '--batch-size', 2]
-    one = call('bravo', tmp_path / 'one', *train), call('sample', tmp_path / 'set_one', *draw)
+    one = {k: call(k, tmp_path / f'one_{k}', *f) for k, f in trains.items()}
+    first = call('sample', tmp_path / 'set_one', *draw)
     shared = ['--cache', cache, '--device', 'cpu', '--dtype', 'fp32', '--out']
-    train = ['--preset', 'tiny', '--data', phantom, '--iters', 4, *train, *shared, tmp_path / 'two']
+    jobs = [(k, ['--preset', 'tiny', '--data', phantom, '--iters', 4, *f, *shared, tmp_path / f'two_{k}']) for k, f in trains.items()]
+    jobs.append(('sample', [*draw, *shared, tmp_path / 'set_two']))
     (tmp_path / 'both.py').write_text(BOTH)
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
-    both = json.dumps([[str(f) for f in train], [str(f) for f in [*draw, *shared, tmp_path / 'set_two']]])
     done = python('-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_addr=127.0.0.1',
-                  f'--master_port={port}', tmp_path / 'both.py', both)
+                  f'--master_port={port}', tmp_path / 'both.py', json.dumps([(k, [str(f) for f in flags]) for k, flags in jobs]))
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count('4 steps done') == 1 and done.stdout.count('5 patients (') == 1
-    a, b = (common.read_csv(f / 'log.csv') for f in (one[0], tmp_path / 'two'))
-    assert len(a) == len(b) == 4
-    for x, y in zip(a, b):
-        assert x['step'] == y['step'] and x['lr'] == y['lr'] and abs(float(x['loss']) - float(y['loss'])) <= 1e-5
-    x, y = load_checkpoint(one[0]), load_checkpoint(tmp_path / 'two')
-    for k in x['ema']:
-        torch.testing.assert_close(x['ema'][k], y['ema'][k], rtol=0, atol=1e-4)
-    torch.testing.assert_close(x['loss_by_t'][:, :, 1], y['loss_by_t'][:, :, 1], rtol=0, atol=0)      # counts
-    torch.testing.assert_close(x['loss_by_t'][:, :, 0], y['loss_by_t'][:, :, 0], rtol=1e-4, atol=1e-5)
-    assert_same_set(one[1], tmp_path / 'set_two', 1e-4)
+    assert done.stdout.count('4 steps done') == 2 and done.stdout.count('5 patients (') == 1
+    for kind in trains:
+        a, b = (common.read_csv(f / 'log.csv') for f in (one[kind], tmp_path / f'two_{kind}'))
+        assert len(a) == len(b) == 4
+        for x, y in zip(a, b):
+            assert x['step'] == y['step'] and x['lr'] == y['lr'] and abs(float(x['loss']) - float(y['loss'])) <= 1e-5
+        x, y = load_checkpoint(one[kind]), load_checkpoint(tmp_path / f'two_{kind}')
+        for k in x['ema']:
+            torch.testing.assert_close(x['ema'][k], y['ema'][k], rtol=0, atol=1e-4)
+        torch.testing.assert_close(x['loss_by_t'][:, :, 1], y['loss_by_t'][:, :, 1], rtol=0, atol=0)  # counts
+        torch.testing.assert_close(x['loss_by_t'][:, :, 0], y['loss_by_t'][:, :, 0], rtol=1e-4, atol=1e-5)
+    assert_same_set(first, tmp_path / 'set_two', 1e-4)

@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -49,6 +50,16 @@ def test_new_masks_new_images(make, runs):
     assert Image.open(out / 'grid.png').size[0] > 300 and (out / 'syn_0_000002/preview.png').exists()
     spacing = common.load_run(runs / 'bravo').spacing
     assert np.allclose(read_nifti(out / 'syn_0_000000/bravo.nii.gz')[1][1:], spacing, rtol=1e-4)
+
+
+def test_ema_unless_asked_and_what_it_cost(make, runs, phantom, capsys):
+    """Drawn are the averaged weights, to the bit those of --weights ema, not those of --weights raw; images a second and forwards are printed."""
+    flags = ['--data', phantom, '--bravo', runs / 'bravo', '--steps', 2]
+    image = lambda out: read_nifti(out / 'syn_0_000000/bravo.nii.gz')[0]
+    default = image(make('a', *flags)[0])
+    told = capsys.readouterr().out
+    assert re.search(r'3 patients \([\d.]+ images/s, ', told) and '2 forwards' in told, told
+    assert np.array_equal(default, image(make('b', *flags, '--weights', 'ema')[0])) and not np.array_equal(default, image(make('c', *flags, '--weights', 'raw')[0]))
 
 
 def test_masks_of_patients(make, runs, phantom):

@@ -1,5 +1,6 @@
 """Networks and what trains them: U-Net pieces, EMA, learning rate, LR finder, batches, perceptual loss, checkpoints, pictures."""
 import argparse
+import functools
 import math
 
 import numpy as np
@@ -218,9 +219,11 @@ def test_flag_off_is_free_on_is_not(run, vgg):
     assert torch.equal(base, weights(run('bravo', 'again', '--rflow')))
     on = {'min-snr': ['--min-snr', '5'], 'logit': ['--logit-normal'], 'grid': ['--steps', '100'], 'augment': ['--augment'], 'flip': ['--augment', 'flip'],
           'perceptual': ['--perceptual', '0.1', '--perceptual-weights', str(vgg[0]), '--lpips-weights', str(vgg[1])], 'seed': ['--seed', '1'],
-          'decay': ['--weight-decay', '0.5'], 'warmup': ['--warmup', '3'], 'clip': ['--clip', '0.01'], 'lr': ['--lr', '0.002']}
-    for name, flags in on.items():
-        assert not torch.equal(base, weights(run('bravo', name, '--rflow', *flags))), name
+          'laplace': ['--schedule', 'laplace'], 'centre': ['--schedule', 'laplace', '--schedule-centre', '3'], 'mix': ['--schedule', 'laplace', '--uniform-mix', '0.9'],
+          'width': ['--schedule', 'laplace', '--schedule-width', '0.1'], 'groups': ['--norm-groups', '8'], 'decay': ['--weight-decay', '0.5'], 'warmup': ['--warmup', '3'], 'clip': ['--clip', '0.01'], 'lr': ['--lr', '0.002']}
+    made = {name: weights(run('bravo', name, '--rflow', *flags)) for name, flags in on.items()}
+    assert not any(torch.equal(base, w) for w in made.values())
+    assert not any(torch.equal(made['laplace'], made[n]) for n in ('centre', 'mix', 'width'))
     again = common.load_checkpoint(run('bravo', 'raw', '--rflow', '--ema-decay', '0'))
     assert all(torch.equal(again['ema'][k], again['net'][k]) for k in again['net'])
     parts = weights(run('bravo', 'parts', '--rflow', '--accumulate', '2'))
@@ -233,9 +236,13 @@ def test_flag_off_is_free_on_is_not(run, vgg):
     ['--rflow', '--steps', '100', '--slice-level', '--empty-slices', '0.5', '--speck', '0', '--size', '24'],
     ['--rflow', '--layers', '2', '--channels', '8,8,16', '--attention', '0,1,1', '--head-channels', '4', '--batch-size', '2'],
     ['--rflow', '--keep-every', '2', '--save-every', '100', '--sample-every', '2', '--device', 'cpu', '--dtype', 'bf16'],
+    ['--rflow', '--schedule', 'cauchy', '--schedule-centre', '-1', '--schedule-width', '0.5', '--uniform-mix', '0.3', '--norm-groups', '4'],
+    ['--rflow', '--model', 'dit', '--model-size', 'S', '--patch', '4'],
+    ['--rflow', '--compile'],
 ], ids=lambda f: ' '.join(f)[:40])
-def test_every_flag_runs(run, kind, flags):
-    """Every way of training ends with a run that loads, a log, pictures and a finite loss."""
+def test_every_flag_runs(run, kind, flags, monkeypatch):
+    """Every way of training ends with a run that loads, a log, pictures and a finite loss. --compile traces the network; no C++ compiler is asked for."""
+    monkeypatch.setattr(torch, 'compile', functools.partial(torch.compile, backend='aot_eager'))
     out = run(kind, 'run', *(f if kind == 'bravo' else f.replace('bf16', 'fp32') for f in flags))          # bf16 is emulated on many machines
     trained = load_run(out)
     assert trained.step == 4 and trained.args.script == kind
@@ -245,6 +252,11 @@ def test_every_flag_runs(run, kind, flags):
     if '--keep-every' in flags:
         assert {f.name for f in out.glob('ckpt*')} == {'ckpt.pt', 'ckpt.prev.pt', 'ckpt_2.pt', 'ckpt_4.pt'}
         assert load_run(out / 'ckpt_2.pt').step == 2
+    if '--model-size' in flags:
+        assert trained.net.width == 384
+    if '--compile' in flags:                                                                 # another order of sums at most
+        plain = load_run(run(kind, 'plain', '--rflow')).net
+        assert all(torch.allclose(p, q, atol=1e-4) for p, q in zip(trained.net.parameters(), plain.parameters()))
 
 
 def test_minutes_are_frozen(run, capsys):

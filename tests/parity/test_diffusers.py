@@ -29,44 +29,49 @@ def network(process):
     return net
 
 
+TABLES = pytest.mark.parametrize('own', [False, True], ids=['', 'their tables'])
+
+
+@TABLES
 @pytest.mark.parametrize('clip', [False, True], ids=['', 'clip'])
 @pytest.mark.parametrize('eta', [0.0, 0.7, 1.0])
 @pytest.mark.parametrize('target', TYPES)
 @pytest.mark.parametrize('schedule', SCHEDULES)
 @torch.no_grad()
-def test_ddim(schedule, target, eta, clip, gap):
+def test_ddim(schedule, target, eta, clip, own, gap):
     """50 steps on trailing times, with and without noise; clipping moves eps along (use_clipped_model_output)."""
     process, x = DDPM(1000, schedule, target), noise_source(2)()
     net, noise, wanted = network(process), noise_source(), []
     states = trajectory(sample_ddim, net, process, x, process.times(50), eta=eta, clip=clip)
     scheduler = DDIMScheduler(1000, beta_schedule=SCHEDULES[schedule], timestep_spacing='trailing', prediction_type=TYPES[target], clip_sample=clip)
-    exact_tables(scheduler, process)
+    own or exact_tables(scheduler, process)
     scheduler.set_timesteps(50)
     assert scheduler.timesteps.tolist() == [round(1000 * float(t)) - 1 for t in process.times(50)[:-1]]
     for i in scheduler.timesteps:
         fresh = dict(variance_noise=noise()) if eta and i > 19 else {}
         x = scheduler.step(net(x, i / 1000), i, x, eta if i > 19 else 0.0, use_clipped_model_output=clip, **fresh)[0].float()
         wanted.append(x)
-    assert gap(states, wanted, f'{schedule} {target}') < 2e-5
+    assert gap(states, wanted, f'{schedule} {target}') < (5e-4 if own else 2e-5)
 
 
+@TABLES
 @pytest.mark.parametrize('n', [50, 1000])
 @pytest.mark.parametrize('target', TYPES)
 @pytest.mark.parametrize('schedule', SCHEDULES)
 @torch.no_grad()
-def test_ddpm(schedule, target, n, gap, monkeypatch):
+def test_ddpm(schedule, target, n, own, gap, monkeypatch):
     """Ancestral steps with the posterior's variance (fixed_small), all of them and on a subset."""
     process, x = DDPM(1000, schedule, target), noise_source(2)()
     net, noise, wanted = network(process), noise_source(), []
     states = trajectory(sample_ddpm, net, process, x, process.times(n))
     scheduler = DDPMScheduler(1000, beta_schedule=SCHEDULES[schedule], timestep_spacing='trailing', prediction_type=TYPES[target], clip_sample=False)
-    exact_tables(scheduler, process)
+    own or exact_tables(scheduler, process)
     scheduler.set_timesteps(n)
     monkeypatch.setattr('diffusers.schedulers.scheduling_ddpm.randn_tensor', lambda *a, **kw: noise())
     for i in scheduler.timesteps:
         x = scheduler.step(net(x, i / 1000), i, x)[0].float()
         wanted.append(x)
-    assert gap(states, wanted, f'{schedule} {target} {n}') < 2e-5
+    assert gap(states, wanted, f'{schedule} {target} {n}') < (5e-4 if own else 2e-5)
 
 
 @pytest.mark.parametrize('n', [1, 7, 50])

@@ -10,7 +10,9 @@ from monai.apps.generation.maisi.networks.autoencoderkl_maisi import Autoencoder
 from monai.networks.nets import AutoencoderKL, DiffusionModelUNet
 from monai.networks.schedulers import DDIMScheduler, DDPMScheduler, RFlowScheduler
 
-from common import DDPM, Autoencoder, RFlow, UNet, haar, inverse_haar, load_maisi_vae, load_monai, sample_ddim, sample_ddpm, sample_euler
+import train_bravo
+from common import (DDPM, Autoencoder, RFlow, UNet, haar, inverse_haar, load_maisi_vae, load_monai, load_run, make_phantom, sample_ddim, sample_ddpm,
+                    sample_euler)
 from steps import exact_tables, noise_source, trajectory
 
 TYPES = {'eps': 'epsilon', 'v': 'v_prediction', 'x0': 'sample'}
@@ -109,6 +111,20 @@ def test_old_names(kw, randomise):
     assert all(torch.equal(v, new[k]) for k, v in fresh.state_dict().items())
     a, b = load_monai(old), load_monai(new)
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@torch.no_grad()
+def test_init_from_a_file_of_theirs(randomise, tmp_path, gap):
+    """What MONAI's users save starts a run of ours, flags as the file needs them, and the run answers what their network does."""
+    theirs = randomise(DiffusionModelUNet(spatial_dims=2, in_channels=2, out_channels=1, channels=(8, 16), attention_levels=(False, True), num_res_blocks=1,
+                                          num_head_channels=8, norm_num_groups=4)).eval()
+    torch.save(theirs.state_dict(), tmp_path / 'monai.pt')
+    make_phantom(tmp_path / 'data', 14, 0, 3, 32)
+    train_bravo.main(train_bravo.get_args([*'--preset tiny --channels 8,16 --attention 0,1 --head-channels 8 --norm-groups 4 --steps 1000 --iters 0 --device cpu --dtype fp32'.split(),
+                                           '--init', f'{tmp_path}/monai.pt', '--init-target', 'eps', '--data', f'{tmp_path}/data', '--cache', f'{tmp_path}/cache', '--out', f'{tmp_path}/run']))
+    x, t = torch.randn(3, 2, 16, 16), torch.tensor([0, 499, 999])
+    wanted = theirs(x, t)
+    assert wanted.std() > 0.1 and gap(load_run(tmp_path / 'run').net(x, t / 1000), wanted, 'outputs') < 1e-5
 
 
 @pytest.fixture(params=['bounded'])
