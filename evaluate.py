@@ -275,10 +275,13 @@ def refuse_seen(root, made, data, parts):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def memorisation(x, samples, train, held_out):
-    """Share of samples nearer to a training image than to a held-out one. Pools of equal size; about 0.5 when nothing is memorised, but more
-    where the training pool has more patients: the floor, of other held-out images, says how much."""
-    return (x[np.ix_(samples, train)].min(1) < x[np.ix_(samples, held_out)].min(1)).mean()
+def memorisation(x, samples, train, held_out, patients):
+    """Share of samples nearer to a training image than to a held-out one, 0.5 when nothing is memorised: the pools have equally many images
+    of equally many patients, the first ones of train, which is in a drawn order."""
+    few = [*dict.fromkeys(patients[train])][:len({*patients[held_out]})]
+    train = train[np.isin(patients[train], few)]
+    n = min(len(train), len(held_out))
+    return (x[np.ix_(samples, train[:n])].min(1) < x[np.ix_(samples, held_out[:n])].min(1)).mean()
 
 
 def draw(rows, patients, g, resample):
@@ -357,9 +360,8 @@ def quality(args):
         f, t, r, o = (draw(rows, patients, g, resample) for rows in (fakes, train, test, others))
         n = min(len(f), len(t), len(r), args.n)
         ours, floor = measure(f[:n], r[:n]), measure(t[:n], r[:n])
-        n = min(len(t), len(r))
-        ours['nearer to training'] = memorisation(near, f, t[:n], r[:n])
-        floor['nearer to training'] = memorisation(near, o, t[:n], r[:n]) if len(o) else math.nan
+        ours['nearer to training'] = memorisation(near, f, t, r, patients)
+        floor['nearer to training'] = memorisation(near, o, t, r, patients) if len(o) else math.nan
         return ours, floor
 
     points = [both(('point', k), False) for k in range(10)]

@@ -9,6 +9,7 @@ import torch
 
 import common
 import sample
+import train_bravo
 from common import (DDPM, LESIONS, TOKEN, Guidance, RFlow, UNet, generator, lesion_records, lesion_tokens, make_denoise, mask_condition,
                     sample_euler)
 
@@ -152,6 +153,29 @@ def test_training(told, trained, call, tmp_path):
     old, new = common.load_run(trained / 'bravo'), common.load_run(tmp_path / 'more')
     x, mask, t = torch.randn(2, 1, 16, 16), (torch.rand(2, 1, 16, 16) > 0.7).float(), torch.tensor([0.2, 0.9])
     torch.testing.assert_close(new.net(torch.cat([x, mask_condition(mask, 0.1)], 1), t), old.net(torch.cat([x, mask], 1), t))
+
+
+def test_masks_are_hidden_as_often_as_asked(call, tmp_path, monkeypatch):
+    """--p-uncond 0.3: of 400 conditions that a training gives, about 0.3 are hidden; a hidden one is zeros in all its channels, the others are mask and a 1."""
+    given, real = [], train_bravo.mask_condition
+    monkeypatch.setattr(train_bravo, 'mask_condition', lambda mask, p, present=None, near=None: given.append(
+        (mask, present, real(mask, p, present, near))) or given[-1][2])
+    call('bravo', tmp_path / 'run', '--rflow', '--p-uncond', 0.3, '--iters', 100)
+    mask, present, shown = (torch.cat(v) for v in zip(*[g for g in given if g[1] is not None]))
+    assert len(mask) == 400 and abs(0.7 - present.float().mean()) < 0.07                           # three standard deviations
+    assert not shown[~present].any() and torch.equal(shown[present][:, :1], mask[present]) and bool((shown[present][:, 1] == 1).all())
+
+
+def test_what_is_not_asked_is_left_open(told):
+    """--count 3 --size 8: three lesions, one of 8 mm, sizes and places of the others unknown; three places and one size too."""
+    run = common.load_run(told / 'seg')
+    asked = lambda *f: sample.read_requests(sample.get_args(['--seg', str(told / 'seg'), *map(str, f)]), run)[0]
+    one, side = asked('--count', 3, '--size', 8), run.args.size * sum(run.spacing) / 2
+    assert one.shape == (3, 3) and one[0, 0] == 8 / side and np.isnan(one).sum() == 8
+    placed = asked('--count', 3, '--size', 8, '--location', '0.6,0.4', '0.1,0.2', '0.5,0.5')
+    assert np.allclose(placed[:, 1:], [[0.6, 0.4], [0.1, 0.2], [0.5, 0.5]]) and np.isnan(placed[1:, 0]).all()
+    tokens, known = lesion_tokens([one]).shape, lesion_tokens([placed])
+    assert tokens == known.shape and not torch.equal(lesion_tokens([one]), known)
 
 
 def test_sampling_what_was_asked_for(told, call, tmp_path):

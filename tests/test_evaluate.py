@@ -8,9 +8,11 @@ import types
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
+import common
 import evaluate
-from common import centred, load_slices, patient_id, read_csv, ssim_parts, write_csv, write_patient
+from common import centred, generator, load_slices, patient_id, read_csv, ssim_parts, write_csv, write_patient
 from evaluate import (copies, dice, distances, draw, frechet, kid, lesions, match, memorisation, ms_ssim, outside, polynomial_kernel, prdc,
                       principal, radial_spectrum, spearman, train_segmenter, traits, wasserstein)
 
@@ -177,17 +179,24 @@ def test_lesions():
 
 
 def test_memorisation():
-    """Fresh samples: 0.5. Training images among them: all of those are nearer to training."""
-    share = []
+    """Fresh samples: 0.5, also where images of a patient are alike and there are seven times as many training patients. Training images among the samples: all of
+    those are nearer to training."""
+    share, alone = [], np.arange(300)
+    g = np.random.default_rng(0)
     for s in range(60):
         x = distances(normal(300, 8, seed=s))
-        share.append(memorisation(x, np.arange(100), np.arange(100, 200), np.arange(200, 300)))
+        share.append(memorisation(x, np.arange(100), np.arange(100, 200), np.arange(200, 300), alone))
+    assert abs(np.mean(share) - 0.5) < 0.03
+    share, patients = [], np.concatenate([np.repeat(np.arange(30), 5), 30 + np.repeat(np.arange(42), 5), 80 + np.repeat(np.arange(6), 5)])
+    for s in range(100):
+        x = distances(3 * normal(90, 4, seed=s)[patients % 90] + normal(len(patients), 4, seed=1000 + s))
+        share.append(memorisation(x, np.arange(150), g.permutation(np.arange(150, 360)), np.arange(360, 390), patients))
     assert abs(np.mean(share) - 0.5) < 0.03
     z = normal(300, 8)
     z[:10] = z[100:110]
-    assert memorisation(distances(z), np.arange(10), np.arange(100, 200), np.arange(200, 300)) == 1
+    assert memorisation(distances(z), np.arange(10), np.arange(100, 200), np.arange(200, 300), alone) == 1
     z[:100] = z[100:200]
-    assert memorisation(distances(z), np.arange(100), np.arange(100, 200), np.arange(200, 300)) == 1
+    assert memorisation(distances(z), np.arange(100), np.arange(100, 200), np.arange(200, 300), alone) == 1
 
 
 def test_copies(tmp_path):
@@ -247,6 +256,32 @@ def test_quality(trained, call, phantom, cache, tmp_path, capsys):
     assert row['fake'] > row['floor'] > 0 and row['above_low'] > 0                            # four steps of training make no brain
     for name in ('metrics.csv', 'spectrum.png', 'nearest.png'):
         assert (tmp_path / 'a' / name).exists()
+
+
+def test_quality_in_features_of_vgg16(phantom, cache, tmp_path):
+    """With weights: KID and Frechet distance of real test slices against themselves are nothing, of blurred ones more than the floor; both are named without "PCA"."""
+    state, c, i, g = {}, 3, 0, generator('vgg')
+    for width in common.VGG16.LAYERS:
+        if width != 'M':
+            state |= {f'features.{i}.weight': torch.randn(width, c, 3, 3, generator=g) * (2 / 9 / c) ** 0.5, f'features.{i}.bias': torch.zeros(width)}
+            c, i = width, i + 1
+        i += 1
+    torch.save(state, tmp_path / 'vgg.pth')
+    data, found = load_slices([phantom], 16, cache=cache), {}
+    rows = [i for i, p in enumerate(data.part) if p == 'test']
+    blur = lambda x: F.avg_pool2d(torch.from_numpy(x)[None], 5, 1, 2)[0].numpy()
+    for name, change in (('same', lambda x: x), ('blurred', blur)):
+        for k, i in enumerate(rows):
+            write_patient(tmp_path / name / f'syn_{k:02d}', {'bravo': change(data.images[i])[0]}, data.masks[i, 0], (1.0, 1.0))
+        write_csv(tmp_path / name / 'manifest.csv', ['folder', 'source_patient'], [[f'syn_{k:02d}', ''] for k in range(len(rows))])
+        (tmp_path / name / 'sample.json').write_text(json.dumps(dict(bravo='x', weights='ema', pixels=16, box=list(data.box))))
+        evaluate.main(evaluate.get_args(['quality', '--fake', str(tmp_path / name), '--data', str(phantom), '--vgg-weights', str(tmp_path / 'vgg.pth'), '--cache', str(cache),
+                                         '--repeats', '20', '--out', str(tmp_path / f'{name}.q'), '--device', 'cpu']))
+        found[name] = json.loads((tmp_path / f'{name}.q/metrics.json').read_text())['metrics']
+    assert {'KID x 1000', 'Frechet distance', 'precision', 'coverage'} <= found['same'].keys() and not any('PCA' in k for k in found['same'])
+    for k in ('KID x 1000', 'Frechet distance'):
+        assert found['same'][k]['fake'] < found['same'][k]['floor'] < found['blurred'][k]['fake'], (k, found)
+    assert abs(found['same']['Frechet distance']['fake']) < 1e-3 and found['same']['precision']['fake'] == found['same']['coverage']['fake'] == 1
 
 
 def disc(r, cx, cy, side=64):

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -259,3 +260,24 @@ def test_save_at(make, runs, phantom):
     noise = torch.randn(1, 16, 16, generator=common.generator(0, 'image', 1))
     assert np.array_equal(saved['x_t'][0], noise[0].numpy())
     assert np.array_equal(saved['x_t'][-1], read_nifti(out / rows[1]['folder'] / 'bravo.nii.gz')[0][0])
+
+
+@pytest.mark.parametrize('name', ['bravo64', 'seg64'])
+def test_released_checkpoint(name):
+    """Under 4 MB, EMA weights in half precision, nothing that could run; a run like any other."""
+    file = Path(__file__).parent.parent / f'assets/{name}.pt'
+    state = torch.load(file, weights_only=True)
+    assert file.stat().st_size < 4e6 and {v.dtype for v in state['ema'].values() if v.is_floating_point()} == {torch.float16} and 'opt' not in state
+    run = common.load_run(file)
+    assert run.args.size == 64 and run.args.rflow and len(run.seen['hashes'] if 'hashes' in run.seen else run.seen) > 0
+
+
+def test_third_command(tmp_path):
+    """Masks and images of the released checkpoints: a head in each image, brighter than what is around it, lesions of a size that training masks have."""
+    assets = Path(__file__).parent.parent / 'assets'
+    sample.main(sample.get_args(['--seg', str(assets / 'seg64.pt'), '--bravo', str(assets / 'bravo64.pt'), '--n', '4', '--steps', '8', '--seg-steps', '8',
+                                 '--device', 'cpu', '--dtype', 'fp32', '--cache', str(tmp_path / 'cache'), '--out', str(tmp_path / 'set')]))
+    for folder in sorted((tmp_path / 'set').glob('syn_*')):
+        image, mask = read_nifti(folder / 'bravo.nii.gz')[0], read_nifti(folder / 'seg.nii.gz')[0]
+        head = common.head_mask(image)
+        assert 0.3 < head.mean() < 0.9 and image[head].mean() > image[~head].mean() + 0.4 and mask.mean() < 0.2
