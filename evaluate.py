@@ -794,7 +794,7 @@ def control(args):
     table = Counter((len(w), min(len(f), 9)) for w, f in zip(wish, got))
     for asked in sorted(counts):
         print0(f'  asked {asked}: ' + ', '.join(f'{n} in {table[asked, n]}' for n in range(10) if table[asked, n]))
-    show = np.linspace(0, len(rows), 8, endpoint=False).astype(int)
+    show = sorted(range(len(rows)), key=lambda k: len(wish[k]))[::max(1, (len(rows) - 1) // 7)][:8]                # of all counts alike
     zoom, pictures = max(1, 128 // side), []
     for k in show:
         mask = read_nifti(Path(args.fake) / rows[k]['folder'] / 'seg.nii.gz')[0][0]
