@@ -371,6 +371,20 @@ def test_latents_are_encoded_once(call, vaes, phantom, tmp_path, monkeypatch):
     assert torch.equal(load_run(on).process.space.scale, load_run(first).process.space.scale)
 
 
+def test_an_autoencoder_with_perceptual_loss(call, tmp_path, monkeypatch):
+    """--vae with --perceptual: the distance is of images and their reconstructions, changes the weights, and weighs what was asked."""
+    asked = []
+
+    class Vgg:
+        to = lambda self, device: self
+        distance = lambda self, a, b: (asked.append((a.shape, b.shape)), (a - b).square().flatten(1).sum(1))[1]
+    monkeypatch.setattr(train_bravo, 'VGG16', lambda *files: Vgg())
+    base, none, some = (common.load_checkpoint(call('bravo', tmp_path / name, '--vae', 2, *flags))['net'] for name, flags in (
+        ('base', []), ('little', ['--perceptual', 1e-30]), ('much', ['--perceptual', 1.0])))
+    assert set(asked) == {(torch.Size([4, 1, 16, 16]),) * 2} and len(asked) == 8
+    assert all(torch.equal(base[k], none[k]) for k in base) and any(not torch.equal(base[k], some[k]) for k in base)
+
+
 def test_perceptual_loss_sees_images():
     """The distance is between decoded images, and its gradient goes through the decoder."""
     process, asked = common.RFlow(), []
