@@ -6,9 +6,10 @@ import pytest
 import torch
 
 pytest.importorskip('diffusers', reason='pip install -r tests/parity/requirements.txt')
-from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
+from diffusers import (DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, DPMSolverSinglestepScheduler, FlowMatchEulerDiscreteScheduler,
+                       FlowMatchHeunDiscreteScheduler)
 
-from common import DDPM, RFlow, sample_ddim, sample_ddpm, sample_euler, sample_heun
+from common import DDPM, RFlow, between, sample_ddim, sample_ddpm, sample_dpmpp, sample_dpmpp_2s, sample_dpmpp_sde, sample_euler, sample_heun
 from steps import exact_tables, noise_source, trajectory
 
 TYPES = {'eps': 'epsilon', 'v': 'v_prediction', 'x0': 'sample'}
@@ -103,3 +104,53 @@ def test_flow_heun(n, gap):
             continue                                                    # half way: the state at which the slope is taken again
         wanted.append(x)
     assert gap(states, wanted, f'{n} steps') < 1e-5
+
+
+@pytest.mark.parametrize('n', [5, 20])
+@pytest.mark.parametrize('algorithm', ['dpmsolver++', 'sde-dpmsolver++'])
+@pytest.mark.parametrize('kind', ['linear eps', 'linear v', 'cosine eps', 'cosine x0', 'flow'])
+@torch.no_grad()
+def test_dpmpp_2m(kind, algorithm, n, gap, monkeypatch):
+    """Two-step DPM-Solver++ and its SDE, times as ours; the last step, to no noise, is first order for both. RFlow on diffusers' own times."""
+    noise, wanted, x = noise_source(), [], noise_source(2)()
+    shared = dict(algorithm_type=algorithm, solver_order=2, solver_type='midpoint', final_sigmas_type='zero', timestep_spacing='trailing')
+    if kind == 'flow':
+        process, scheduler = RFlow(), DPMSolverMultistepScheduler(1000, prediction_type='flow_prediction', use_flow_sigmas=True, **shared)
+        scheduler.set_timesteps(n)
+        ts = scheduler.sigmas.clone()
+    else:
+        schedule, target = kind.split()
+        process, scheduler = DDPM(1000, schedule, target), DPMSolverMultistepScheduler(1000, beta_schedule=SCHEDULES[schedule], prediction_type=TYPES[target], **shared)
+        exact_tables(scheduler, process)
+        scheduler.set_timesteps(n)
+        ts = process.times(n)
+        assert scheduler.timesteps.tolist() == [round(1000 * float(t)) - 1 for t in ts[:-1]]
+    net = network(process)
+    states = trajectory(sample_dpmpp_sde if 'sde' in algorithm else sample_dpmpp, net, process, x, ts)
+    monkeypatch.setattr('diffusers.schedulers.scheduling_dpmsolver_multistep.randn_tensor', lambda *a, **kw: noise())
+    for k, i in enumerate(scheduler.timesteps):
+        x = scheduler.step(net(x, ts[k] if kind == 'flow' else i / 1000), i, x)[0]
+        wanted.append(x)
+    assert gap(states, wanted, f'{kind} {algorithm} {n}') < 1e-5
+
+
+@pytest.mark.parametrize('n', [5, 20])
+@pytest.mark.parametrize('kind', ['cosine x0', 'cosine v', 'linear v'])
+@torch.no_grad()
+def test_dpmpp_2s(kind, n, gap):
+    """Single-step DPM-Solver++: diffusers' goes through a list of times, here ours with the middles (in log-SNR) between them."""
+    schedule, target = kind.split()
+    process, x, wanted = DDPM(1000, schedule, target), noise_source(2)(), []
+    net, ts = network(process), process.times(n)
+    fine = torch.cat([torch.stack([t, between(t, u, process)]) for t, u in zip(ts[:-2], ts[1:-1])] + [ts[-2:]])
+    scheduler = DPMSolverSinglestepScheduler(1000, beta_schedule=SCHEDULES[schedule], prediction_type=TYPES[target], algorithm_type='dpmsolver++', solver_order=2,
+                                             solver_type='midpoint', final_sigmas_type='zero')
+    scheduler.set_timesteps(2 * n - 1)
+    assert scheduler.order_list == [1, 2] * (n - 1) + [1]
+    scheduler.sigmas, scheduler.timesteps = process.sigma(fine).double() / process.alpha(fine).double(), torch.arange(2 * n - 1)
+    states = trajectory(sample_dpmpp_2s, net, process, x, ts)
+    for k, t in enumerate(fine[:-1]):
+        x = scheduler.step(net(x, t - 1 / 1000), scheduler.timesteps[k], x)[0]
+        if k % 2 or k == 2 * n - 2:
+            wanted.append(x)
+    assert gap(states, wanted, f'{kind} {n}') < 1e-5
