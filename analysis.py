@@ -269,9 +269,10 @@ def release(args):
 
 
 def verdicts(answers, fake):
-    """{folder: bad} of the images of a set, by the majority of raters, and how many images they left undecided. Repeats are no second vote.
+    """{folder: bad} of the images of a set, by the majority of raters, how many images they left undecided, and {folder: class} of the bad, the one
+    named most often ('' where none was). Repeats are no second vote.
     A set may have been moved since: its name says which it is, its full path where several judged sets have that name."""
-    votes, here = {}, Path(fake).resolve()
+    votes, kinds, here = {}, {}, Path(fake).resolve()
     sets = {r['set']: Path(r['set']).resolve() for r in answers if Path(r['set']).name == here.name}
     if len({*sets.values()}) > 1:
         if here not in sets.values():
@@ -280,8 +281,9 @@ def verdicts(answers, fake):
     for r in answers:
         if r['repeat'] == '0' and r['set'] in sets:
             votes.setdefault(r['folder'], Counter())[r['verdict']] += 1
+            kinds.setdefault(r['folder'], Counter())[r['class']] += r['class'] != ''
     told = {f: v['bad'] > v['good'] for f, v in votes.items() if v['bad'] != v['good']}
-    return told, len(votes) - len(told)
+    return told, len(votes) - len(told), {f: kinds[f].most_common(1)[0][0] for f, bad in told.items() if bad}
 
 
 def tarone(x, n):
@@ -306,7 +308,7 @@ def patients(args):
         if len(told) < len(rows):
             fail(f'--scores {args.scores}: holds several slices of a folder; patients counts images, give a set of single slices')
     else:
-        told, undecided = verdicts(read_answers(args.answers), args.fake)
+        told, undecided, _ = verdicts(read_answers(args.answers), args.fake)
     groups = {}
     for folder, bad in told.items():
         if source.get(folder):
@@ -453,7 +455,7 @@ def onset(args):
     p_class = np.exp(z[..., 1:] - z[..., 1:].max(-1, keepdims=True))
     p_class /= p_class.sum(-1, keepdims=True)
     if args.answers:
-        told, _ = verdicts(read_answers(args.answers), fake)
+        told, _, named = verdicts(read_answers(args.answers), fake)
         known = np.array([r['folder'] in told for r in rows])
         rows, z, x, p_class = [r for r, k in zip(rows, known) if k], z[known], x[known], p_class[known]
         bad = np.array([told[r['folder']] for r in rows], bool)
@@ -480,12 +482,12 @@ def onset(args):
     out.mkdir(parents=True, exist_ok=True)
     write_csv(out / 'onset.csv', header, [[f'{v:.4g}' for v in r] for r in table])
     print_table(header[:8], [[f'{v:.3g}' for v in r[:8]] for r in table])
-    kinds, late = p_class[bad, -1].argmax(1), times < args.early
-    early = times >= args.early
+    kinds = [named[r['folder']] for r, b in zip(rows, bad) if b] if args.answers else [CLASSES[k] for k in p_class[bad, -1].argmax(1)]
+    early, late = times >= args.early, times < args.early
     print0(f'{bad.sum()} of {len(bad)} images end bad: {early.sum()} are so for good from t >= {args.early:g} (structure), {late.sum()} only below it (detail), '
            f'{np.isnan(times).sum()} never beyond 95 % of the good')
-    split = [[c, *(int((kinds == k)[v].sum()) for v in (early, late, np.isnan(times)))] for k, c in enumerate(CLASSES)]
-    print_table(['kind at the end (detector)', 'structure', 'detail', 'neither'], split)
+    split = [[c, *(sum(k == c for k, here in zip(kinds, v) if here) for v in (early, late, np.isnan(times)))] for c in CLASSES]
+    print_table([f'kind at the end ({"raters" if args.answers else "detector"})', 'structure', 'detail', 'neither'], split)
     write_csv(out / 'kinds.csv', ['class', 'structure', 'detail', 'neither'], split)
     if not args.answers:
         print0('note: at t = 0 the detector judges its own verdict; with --answers people say what ended bad')

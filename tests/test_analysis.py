@@ -203,10 +203,11 @@ def test_patients(judged, who, capsys):
 
 def test_verdicts_of_sets_of_one_name(tmp_path, capsys):
     """a/set and b/set are two; one that was judged elsewhere is known by its name, unless two have it."""
-    answer = lambda root, verdict: dict(set=str(root / 'set'), folder='f', verdict=verdict, repeat='0')
-    said = [answer(tmp_path / 'a', 'bad'), answer(tmp_path / 'a', 'bad'), answer(tmp_path / 'b', 'good'), answer(tmp_path / 'b/../b', 'good')]
-    assert analysis.verdicts(said, tmp_path / 'a/set') == ({'f': True}, 0) and analysis.verdicts(said, tmp_path / 'b/set') == ({'f': False}, 0)
-    assert analysis.verdicts(said[2:], tmp_path / 'moved/set') == ({'f': False}, 0)
+    answer = lambda root, verdict, kind='': {'set': str(root / 'set'), 'folder': 'f', 'verdict': verdict, 'class': kind, 'repeat': '0'}
+    said = [answer(tmp_path / 'a', 'bad', 'boundary'), answer(tmp_path / 'a', 'bad'), answer(tmp_path / 'b', 'good'), answer(tmp_path / 'b/../b', 'good')]
+    assert analysis.verdicts(said, tmp_path / 'a/set') == ({'f': True}, 0, {'f': 'boundary'})
+    assert analysis.verdicts(said, tmp_path / 'b/set') == ({'f': False}, 0, {})
+    assert analysis.verdicts(said[2:], tmp_path / 'moved/set') == ({'f': False}, 0, {})
     with pytest.raises(SystemExit) as e:
         analysis.verdicts(said, tmp_path / 'moved/set')
     err = capsys.readouterr().err
@@ -335,6 +336,8 @@ def test_onset_of_a_set(call, trained, phantom, detector, tmp_path):
     rows = common.read_csv(tmp_path / 'out/onset.csv')
     assert [float(r['t']) for r in rows] == [1, 0.5, 0] and float(rows[-1]['distance bad']) == 0 < float(rows[0]['distance bad'])
     assert sum(int(r['onsets']) for r in rows) <= 4
+    kinds = {r['class']: sum(int(r[k]) for k in ('structure', 'detail', 'neither')) for r in common.read_csv(tmp_path / 'out/kinds.csv')}
+    assert kinds == {**dict.fromkeys(common.CLASSES, 0), 'textural': 4}                        # the raters' word, not the detector's
 
 
 ANALYSIS = [

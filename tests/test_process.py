@@ -84,6 +84,12 @@ def test_split_and_loss(process):
 
 def test_min_snr_is_one_weight_in_x0_space():
     """The same error of x0_hat costs min(SNR, 5) |error|^2 whatever the target (Hang 2023), in DDPM and RFlow."""
+    t64 = torch.arange(1, 999, dtype=torch.float64) / 1000                                    # the weights themselves, exactly
+    for process in (RFlow(), *(DDPM(1000, 'cosine', k) for k in ('eps', 'v', 'x0'))):
+        L = process.log_snr(t64, torch.float64)
+        a, s = ((1 - t64, t64) if isinstance(process, RFlow) else (L.sigmoid().sqrt(), (-L).sigmoid().sqrt()))
+        x0_error = {'eps': s / a, 'x0': 1, 'v': s}[process.target] if isinstance(process, DDPM) else s        # |x_0 error| of a unit error in the target
+        torch.testing.assert_close(process.min_snr(t64, 5.0).double(), L.exp().clamp(max=5) * x0_error ** 2 + 0 * t64, rtol=1e-5, atol=1e-9)
     off = 0.1 * torch.randn(64, 1, 4, 4, generator=generator('off'))
     x_0, eps = torch.zeros(64, 1, 4, 4), torch.randn(64, 1, 4, 4, generator=generator('eps'))
     t = torch.arange(10, 650, 10) / 1000
@@ -97,6 +103,19 @@ def test_min_snr_is_one_weight_in_x0_space():
     assert abs(float(t[w.argmax()]) - 1 / (1 + math.sqrt(5))) < 1e-4                          # peak at 0.309
     for process in EVERY:                                                                     # both ends are finite
         assert torch.isfinite(process.min_snr(torch.tensor([0.0, 1e-4, 1.0]), 5.0)).all()
+
+
+def test_loss_on_the_grid_is_the_mean_of_the_table():
+    """RFlow on 100 times: a network whose error at t = k/100 is e_k has, over t as they are drawn, the mean of e_k^2: each time is asked alike often."""
+    process, error = RFlow(100), torch.rand(100, generator=generator('table'))
+    net = lambda x, t, context=None, extra=None: x * 0 + eps - x_0 + error[(100 * t).round().long() - 1].view(-1, 1, 1, 1)
+    x_0, eps = torch.randn(100, 1, 4, 4), torch.randn(100, 1, 4, 4)
+    loss = process.loss(net, x_0, eps, torch.arange(1, 101) / 100)[0]
+    torch.testing.assert_close(loss, error ** 2, rtol=1e-4, atol=1e-6)
+    drawn = (100 * process.draw_t(200_000, generator('many'))).round().long()
+    share = torch.bincount(drawn, minlength=101)[1:] / len(drawn)
+    assert drawn.min() == 1 and drawn.max() == 100 and (share - 0.01).abs().max() < 5 * (0.01 * 0.99 / len(drawn)) ** 0.5
+    assert abs((share * loss).sum() - (error ** 2).mean()) < 0.003
 
 
 def test_draw_t():
