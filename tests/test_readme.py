@@ -35,3 +35,11 @@ def test_every_flag_has_its_place(monkeypatch, capsys):
     told = set(re.findall(r'(?<![\w-])--[a-z][a-z0-9_-]*', README))
     assert sorted(f'{name}.py {f}' for name, some in known.items() for f in some - told) == []
     assert sorted(told - set().union(*known.values()) - FOREIGN) == []
+
+
+def test_every_asset_is_there_and_used():
+    """What README shows or names under assets/ exists, each picture is shown and below 300 kB."""
+    assets = Path(common.__file__).parent / 'assets'
+    told = set(re.findall(r'assets/([\w./-]*\w)', README))
+    assert [name for name in sorted(told) if not (assets / name).exists()] == []
+    assert [f.name for f in sorted(assets.glob('*.png')) if f'](assets/{f.name})' not in README or f.stat().st_size > 300_000] == []
