@@ -941,7 +941,7 @@ class CPUGroupNorm(torch.autograd.Function):
     def norm(x, weight, bias, groups, eps):
         small = x.dtype == torch.bfloat16 and x[0].numel() < 2 ** 16                          # torch walks such maps value by value in bf16, not in fp32
         with torch.autocast('cpu', enabled=False):
-            out, mean, rstd = torch.native_group_norm(x.float() if small else x, weight, bias, *x.shape[:2], x.shape[2:].numel(), groups, eps)
+            out, mean, rstd = torch.native_group_norm(*(v.float() if small else v for v in (x, weight, bias)), *x.shape[:2], x.shape[2:].numel(), groups, eps)
         return out.to(x.dtype), mean, rstd
 
     @staticmethod

@@ -269,7 +269,7 @@ def test_quality_in_features_of_vgg16(phantom, cache, tmp_path):
     torch.save(state, tmp_path / 'vgg.pth')
     data, found = load_slices([phantom], 16, cache=cache), {}
     rows = [i for i, p in enumerate(data.part) if p == 'test']
-    blur = lambda x: F.avg_pool2d(torch.from_numpy(x)[None], 5, 1, 2)[0].numpy()
+    blur = lambda x: F.avg_pool2d(torch.tensor(x)[None], 5, 1, 2)[0].numpy()
     for name, change in (('same', lambda x: x), ('blurred', blur)):
         for k, i in enumerate(rows):
             write_patient(tmp_path / name / f'syn_{k:02d}', {'bravo': change(data.images[i])[0]}, data.masks[i, 0], (1.0, 1.0))
