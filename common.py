@@ -2305,6 +2305,7 @@ def make_denoise(net, process, mask=None, context=None, extra=None, dtype='fp32'
             return net(x_t if mask is None else torch.cat([x_t, mask], 1), process.net_time(t), context, extra).float()
 
     def denoise(x_t, t):
+        """x_t (B,C,...), t a number or (B,) -> x0_hat, eps_hat of x_t's shape."""
         at = guidance.at(t) if guidance else torch.tensor(False)
         t = torch.as_tensor(t, dtype=torch.float32, device=x_t.device).expand(len(x_t))
         a, s = like(process.alpha(t), x_t), like(process.sigma(t), x_t)
