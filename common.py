@@ -1617,6 +1617,13 @@ def modulate(x, shift, scale):
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
 
 
+def wide(module, x):
+    """module(x) of a Linear, or a Sequential of those and activations, in fp32 where its weights are bf16 (--dtype pure-bf16): 1 + scale loses what is below 2^-8 there."""
+    for layer in module if isinstance(module, nn.Sequential) else (module,):
+        x = F.linear(x, layer.weight.float(), layer.bias.float()) if isinstance(layer, nn.Linear) and layer.weight.dtype == torch.bfloat16 else layer(x)
+    return x
+
+
 def xavier(module):
     """Every linear layer inside starts Xavier-uniform with bias 0; what starts at zero stays."""
     for m in module.modules():
@@ -1727,7 +1734,7 @@ class Block(nn.Module):
 
     def modulation(self, c):
         """shift, scale, gate of the mixer, then of the MLP: (B,1,width) each."""
-        return self.ada(c)[:, None].split(c.shape[-1], -1)
+        return wide(self.ada, c)[:, None].split(c.shape[-1], -1)
 
     def forward(self, x, mod, context=None, *grid):
         """x (B,N,width), mod: six of modulation(), context (B,M,context_dim) or none -> as x."""
@@ -1787,10 +1794,10 @@ class Tokens(nn.Module):
         """x (B,in_channels,*spatial), t (B,) in [0,1], context (B,M,context_dim), extra (B,extra_dim) -> (B,out,*spatial)."""
         assert all(s % self.patch == 0 for s in x.shape[2:]), f'size {tuple(x.shape[2:])} is not a multiple of {self.patch}'
         assert (context is None) == (self.context_dim is None), 'context and context_dim go together'
-        with torch.autocast(x.device.type, enabled=False):                                      # what modulates stays in fp32 (pure-bf16: as its weights)
-            c = self.time_embed(time_embedding(1000 * t.float(), 256).to(self.embed.weight.dtype))
-            c = F.silu(c if self.extra_embed is None else c + self.extra_embed(extra.to(c.dtype)))
-            mods, last = [block.modulation(c) for block in self.blocks], self.ada(c)[:, None].chunk(2, -1)
+        with torch.autocast(x.device.type, enabled=False):                                      # what modulates stays in fp32
+            c = wide(self.time_embed, time_embedding(1000 * t.float(), 256).to(torch.promote_types(self.embed.weight.dtype, torch.float32)))
+            c = F.silu(c if self.extra_embed is None else c + wide(self.extra_embed, extra.to(c.dtype)))
+            mods, last = [block.modulation(c) for block in self.blocks], wide(self.ada, c)[:, None].chunk(2, -1)
         grid = tuple(s // self.patch for s in x.shape[2:])
         place = positions(grid, self.width, x.device).to(c.dtype)
         return unpatchify(self.out(modulate(self.through(x, context, mods, grid, place), *last)), self.patch, grid)
@@ -1872,7 +1879,7 @@ def sparsify(net):
     fit = [m for m in layers if m.weight.shape[1] % 4 == 0]
     for m in fit:
         parametrize.register_parametrization(m, 'weight', TwoFour())
-    print0(f'2:4 sparsity: {len(fit)} of {len(layers)} linears and convolutions, skipped {len(layers) - len(fit)}: rows not a multiple of 4')
+    print0(f'2:4 sparsity: {len(fit)} of {len(layers)} linears and convolutions, skipped {len(layers) - len(fit)}: rows not a multiple of 4; trained as dense products of masked weights')
     return net
 
 
@@ -2438,6 +2445,20 @@ def sample_dpmpp_2s(denoise, x, ts, process, noise=None, callback=None):
 PAIRS = {'bs23': 3, 'heun-euler': 2}           # order of the result; both estimate the error with one order less
 
 
+def embedded_step(slope, x, t, h, k1, pair):
+    """One step from t (B,) down by h (B,) of an embedded pair, k1 being the slope at its start: the result, that of one order less, and the slope
+    at the end (none: heun-euler does not know it)."""
+    H = -like(h.to(x), x)                                                                    # time runs down
+    if pair == 'heun-euler':
+        coarse = x + H * k1
+        return x + H * (k1 + slope(coarse, t - h)) / 2, coarse, None
+    k2 = slope(x + H * k1 / 2, t - h / 2)
+    k3 = slope(x + H * k2 * 3 / 4, t - h * 3 / 4)
+    new = x + H * (2 * k1 + 3 * k2 + 4 * k3) / 9
+    k4 = slope(new, t - h)
+    return new, x + H * (7 / 24 * k1 + k2 / 4 + k3 / 3 + k4 / 8), k4
+
+
 def sample_adaptive(denoise, x, ts, process, noise=None, callback=None, tol=0.01, pair='bs23', trace=None):
     """RFlow's dx/dt = eps_hat - x0_hat from ts[0] to 0, with a step size that follows the error, each image its own.
 
@@ -2459,16 +2480,7 @@ def sample_adaptive(denoise, x, ts, process, noise=None, callback=None, tol=0.01
         if callback:
             callback(i, t.clone(), x, x - like(t.to(x), x) * k1)                             # x0_hat = x_t - t v
         h = torch.minimum(h, t - low)
-        H = -like(h.to(x), x)                                                                # time runs down
-        if pair == 'bs23':
-            k2 = slope(x + H * k1 / 2, t - h / 2)
-            k3 = slope(x + H * k2 * 3 / 4, t - h * 3 / 4)
-            new = x + H * (2 * k1 + 3 * k2 + 4 * k3) / 9
-            k4 = slope(new, t - h)
-            coarse = x + H * (7 / 24 * k1 + k2 / 4 + k3 / 3 + k4 / 8)
-        else:
-            coarse = x + H * k1
-            new = x + H * (k1 + slope(coarse, t - h)) / 2
+        new, coarse, k4 = embedded_step(slope, x, t, h, k1, pair)
         scale = tol * (1 + torch.maximum(x.abs(), new.abs()))
         error = ((new - coarse) / scale).flatten(1).square().mean(1).sqrt().double().cpu().clamp(min=1e-10)
         good = (error <= 1) & (t > low)
@@ -2481,7 +2493,7 @@ def sample_adaptive(denoise, x, ts, process, noise=None, callback=None, tol=0.01
         h, refused, i = h * grow, ~good, i + 1
         if not (h[t > low] > 1e-5).all():
             fail(f'--tol {tol:g}: the step size fell to nothing; the network\'s own noise is larger than that, use a larger one', 1)
-        if pair == 'bs23':
+        if k4 is not None:
             k1 = torch.where(take, k4, k1)
         elif good.any():
             k1 = slope(x, t)
@@ -2490,6 +2502,7 @@ def sample_adaptive(denoise, x, ts, process, noise=None, callback=None, tol=0.01
 
 SAMPLERS = {'ddpm': sample_ddpm, 'ddim': sample_ddim, 'euler': sample_euler, 'maisi': sample_maisi, 'heun': sample_heun, 'dpm++': sample_dpmpp,
             'dpm++2s': sample_dpmpp_2s, 'dpm++sde': sample_dpmpp_sde, 'adaptive': sample_adaptive}
+OFF_GRID = ('dpm++2s', 'adaptive')                # these ask at times between those of the grid
 
 
 def asked_times(sampler, ts, process):
@@ -2689,7 +2702,8 @@ def plot(path, curves, title, xlabel, ylabel, logx=False, logy=False, size=(640,
 
     def ticks(low, high, log):
         if log and high - low >= 1:
-            return [k for k in range(math.ceil(low), math.floor(high) + 1)]
+            every = (1, 2, 5) if high - low < 2.5 else (1,)
+            return [k + math.log10(m) for k in range(math.floor(low), math.floor(high) + 1) for m in every if low <= k + math.log10(m) <= high]
         step = 10 ** math.floor(math.log10((high - low) / 2))
         step *= next(m for m in (1, 2, 5, 10) if (high - low) / (step * m) <= 6)
         return [k * step for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
@@ -2968,8 +2982,17 @@ def stochastic(x, g):
     return ((x.view(torch.int32) + noise) & -65536).view(torch.float32).bfloat16()
 
 
+def pure_bf16(net):
+    """All weights in bf16, in place, but Mamba's A and bias of dt, which decide how fast it forgets: in bf16 dt = 0.001 moves in steps of 3 %."""
+    kept = [(p, p.data) for m in net.modules() if isinstance(m, Mamba) for p in (m.A_log, m.dt_bias)]
+    net.bfloat16()
+    for p, value in kept:
+        p.data = value
+
+
 class PureBF16(torch.optim.Optimizer):
-    """AdamW (Loshchilov 2019) whose weights, gradients and moments are all bf16: 8 bytes a parameter, no fp32 copy.
+    """AdamW (Loshchilov 2019) whose weights, gradients and moments are all bf16: 8 bytes a parameter, no fp32 copy. The few that pure_bf16
+    leaves in fp32 are updated in it.
 
     An update is computed in fp32 and written back with stochastic rounding: to nearest, a change below 2^-9 of a weight would be
     lost every time. kahan: the weight's lost part is kept in a bf16 tensor of its own instead (10 bytes). The random bits follow
@@ -2988,8 +3011,9 @@ class PureBF16(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in (p for p in group['params'] if p.grad is not None and not self.state[p]):
                 self.state[p].update(step=0, m=torch.zeros_like(p), v=torch.zeros_like(p), **({'lost': torch.zeros_like(p)} if self.kahan else {}))
-            for bunch in bunches(((self.state[p]['step'], p) for p in group['params'] if p.grad is not None), 1 << 22):
-                step = self.state[bunch[0]]['step'] + 1
+            for bunch in bunches((((self.state[p]['step'], p.dtype), p) for p in group['params'] if p.grad is not None), 1 << 22):
+                step, kind = self.state[bunch[0]]['step'] + 1, bunch[0].dtype
+                stored = stochastic if kind == torch.bfloat16 else lambda x, g: x
                 for p in bunch:
                     self.state[p]['step'] = step
                 g = g or generator(self.seed, 'rounding', step, device=bunch[0].device)
@@ -2997,25 +3021,25 @@ class PureBF16(torch.optim.Optimizer):
                 flat = lambda tensors: torch.cat([x.flatten() for x in tensors]).float()
                 grad, p32 = flat([p.grad for p in bunch]), flat(bunch)
                 m, v = flat(m_).lerp_(grad, 1 - b1), flat(v_).mul_(b2).addcmul_(grad, grad, value=1 - b2)
-                put(m_, stochastic(m, g)), put(v_, stochastic(v, g))
+                put(m_, stored(m, g)), put(v_, stored(v, g))
                 change = m / (1 - b1 ** step) / ((v / (1 - b2 ** step)).sqrt_().add_(self.eps))
                 change = -group['lr'] * (change + self.decay * p32)
                 if self.kahan:
                     lost = [self.state[p]['lost'] for p in bunch]
                     change += flat(lost)
-                    new = (p32 + change).bfloat16()
+                    new = (p32 + change).to(kind)
                     put(bunch, new), put(lost, change - (new.float() - p32))
                 else:
-                    put(bunch, stochastic(p32 + change, g))
+                    put(bunch, stored(p32 + change, g))
 
 
-def bunches(steps_and_params, size):
-    """Parameters with equally many steps behind them, in lists of about `size` numbers each."""
+def bunches(kinds_and_params, size):
+    """Neighbours of one kind (as many steps behind them, the same dtype), in lists of about `size` numbers each."""
     out, n, last = [], 0, None
-    for step, p in steps_and_params:
-        if step != last or n + p.numel() > size:
+    for kind, p in kinds_and_params:
+        if kind != last or n + p.numel() > size:
             out.append([])
-            n, last = 0, step
+            n, last = 0, kind
         out[-1].append(p)
         n += p.numel()
     return out
@@ -3183,13 +3207,14 @@ def lr_find(train_step, net, opt, out, low=1e-6, high=1.0, steps=100):
 
 
 def iters_for(minutes, train_step, net, opt, device, lr):
-    """How many steps fit into that time: 20 are timed after 2 to warm up, all undone. The same number on every rank."""
+    """How many steps fit into that time, by the median of 20 after 2 to warm up (other work for a moment moves no median), all undone. The same
+    number on every rank."""
+    ends = []
     with rehearsal(net, opt):
         for i in range(22):
-            if i == 2:
-                start = time.perf_counter()
             float(train_step(i, lr)[0])
-        seconds = torch.tensor([(time.perf_counter() - start) / 20], device=device)
+            ends.append(time.perf_counter())
+        seconds = torch.tensor([float(np.median(np.diff(ends[1:])))], device=device)
     if world() > 1:
         dist.broadcast(seconds, 0)
     iters = max(int(minutes * 60 / float(seconds)), 1)

@@ -36,6 +36,8 @@ def get_args(argv=None):
         g.add_argument('--fake', required=whole, metavar='DIR', help='a set made by sample.py')
         if name == 'dual':
             g.add_argument('--dual', type=two_files, metavar='PRE,POST', help='the files that are a pair; none: those of the run that made the set')
+        if name == 'cycle':
+            g.add_argument('--bravo', metavar='RUN', help='the run that made the set: image -> mask -> image, too')
         if name != 'control':
             g.add_argument('--data', nargs='+', required=whole, metavar='DIR', help='the real patients, training patients included')
             g.add_argument('--split', metavar='FILE', help='CSV patient,part instead of the split by name')
@@ -49,6 +51,7 @@ def get_args(argv=None):
             g.add_argument('--n', type=number(int, 8), default=1000, help='images on each side at most; fewer where a side has fewer')
         if name == 'cycle':
             g.add_argument('--train-steps', type=number(int, 1), default=800, help='of the segmenter, 16 slices of judge patients each')
+            g.add_argument('--at', type=number(float, 0, 1, open_low=True), default=0.6, metavar='T', help='with --bravo: real images are noised to this t and drawn on from there')
         if name == 'readers':
             g.add_argument('--n', type=number(int, 0), default=100, help='plan: images to call real or generated; half are real')
             g.add_argument('--pairs', type=number(int, 0), default=100, help='plan: pairs of a real and a generated image, to find the real one')
@@ -655,13 +658,81 @@ def dice(a, b):
         return 2 * (a & b).sum(1) / (a.sum(1) + b.sum(1))
 
 
+def redraw(run, images, masks, levels, at, seed, device):
+    """SDEdit (Meng 2022, 2108.01073): images (N,1,S,S) noised to the run's last solver time <= at, and drawn on from there for masks (N,1,S,S).
+    The noise is that of the image's number, whatever the mask. Returns (N,1,S,S) in [-1,1]."""
+    sampler, steps, clip = default_solver(run.args)
+    process, parts = run.process, []
+    ts = process.times(steps, own=True)
+    ts = ts[ts <= at] if at < 1 else ts
+    if len(ts) < 3:
+        fail(f'--at {at:g}: leaves {len(ts) - 1} of the run\'s {steps} steps; take a larger one')
+    for i in range(0, len(images), 32):
+        x_0, mask = process.to_range(torch.tensor(images[i:i + 32]).to(device)), torch.tensor(masks[i:i + 32]).float().to(device)
+        sources = [generator(seed, 'redraw', k) for k in range(i, i + len(x_0))]
+        noise = lambda: torch.stack([torch.randn(x_0.shape[1:], generator=g) for g in sources]).to(device)
+        level = torch.tensor(levels[i:i + 32])[:, None].float().to(device) if run.args.slice_level else None
+        denoise = make_denoise(run.net, process, mask_condition(mask, run.args.p_uncond), extra=level, clip=clip and not process.space.about)
+        with torch.no_grad():
+            x = SAMPLERS[sampler](denoise, process.alpha(ts[0]) * x_0 + process.sigma(ts[0]) * noise(), ts, process, noise)
+        parts.append(process.from_range(x).clamp(-1, 1).cpu().numpy())
+    return np.concatenate(parts)
+
+
+def back_again(args, run, real, test, found, patients, edges, device):
+    """image -> mask -> image: real test images with tumour, drawn on from --at with the mask that the segmenter found, their own (the ceiling), another
+    patient's, and none. Mean absolute error in the tumour, by size of its lesions, and in the head beyond RING pixels around it, where SSIM is taken too.
+    patients, edges: of the images, and the thirds of the lesions' sizes. Writes back.csv and back.png."""
+    out, rows = Path(args.out), np.array([k for k, i in enumerate(test) if real.table[i]['tumour']])
+    images, own, who = real.images[test[rows]], real.masks[test[rows]], patients[rows]
+    g = generator(args.seed, 'another')
+    others = [np.flatnonzero(who != p) for p in who]
+    other = own[[int(o[torch.randint(len(o), (1,), generator=g)]) for o in others]]
+    kinds = {'the mask found': found[rows][:, None].astype(own.dtype), 'its own': own, "another patient's": other, 'no tumour': np.zeros_like(own)}
+    levels = [real.table[i]['level'] for i in test[rows]]
+    drawn = {k: redraw(run, images, m, levels, args.at, args.seed, device) for k, m in kinds.items()}
+    rest = np.stack([head_mask(x)[0] & ~around(m[0] > 0, RING) for x, m in zip(images, own)])
+    lesions_of = []
+    for m in own[:, 0]:
+        labels, n = components(m)
+        lesions_of.append([(int(np.digitize(math.sqrt(4 * (labels == k).sum() / math.pi), edges)), labels == k) for k in range(1, n + 1)])
+    names = ['error in the tumour', *(f'error in its lesions {n}' for n in (f'below {edges[0]:.1f} pixels', f'to {edges[1]:.1f}', 'above')),
+             'error in the rest of the head', 'SSIM of the rest of the head']
+    values = {}                                                                                        # of each kind (N, metrics); nan: nothing of that size
+    for k, y in drawn.items():
+        e = np.abs(y - images)[:, 0]
+        sized = [[np.mean([e[i][w].mean() for s, w in mine if s == b] or [math.nan]) for b in range(3)] for i, mine in enumerate(lesions_of)]
+        luminance, structure = ssim_parts(torch.tensor(images), torch.tensor(y))                       # 5 pixels less on every side
+        ssim = [v[w].mean() if w.any() else math.nan for v, w in zip((luminance * structure)[:, 0].numpy(), rest[:, 5:-5, 5:-5])]
+        values[k] = np.column_stack([[e[i][own[i, 0] > 0].mean() for i in range(len(e))], sized, [e[i][rest[i]].mean() for i in range(len(e))], ssim])
+    mean = lambda v, i: [np.nanmean(c) if np.isfinite(c).any() else math.nan for c in v[i].T]
+    draws = [draw(np.arange(len(rows)), who, generator(args.seed, 'back', k), True) for k in range(args.repeats)]
+    table, first = [], values['the mask found']
+    for m, name in enumerate(names):
+        for k, v in values.items():
+            points = [mean(f, slice(None))[m] for f in (v, first - v)]
+            bounds = [centred(p, [mean(f, i)[m] for i in draws]) for p, f in zip(points, (v, first - v))]
+            table.append([name, k, points[0], *bounds[0], points[1], *bounds[1]])
+    write_csv(out / 'back.csv', ['metric', 'drawn for', 'value', 'low', 'high', 'found - this', 'low', 'high'], table)
+    print0(f'image -> mask -> image: {len(rows)} real test images with tumour, drawn on from t = {args.at:g}; means, 95 % over patients')
+    print_table(['metric', 'drawn for', 'value', 'the mask found less this'],
+                [[r[0], r[1], f'{r[2]:.4f} [{r[3]:.4f}, {r[4]:.4f}]', '' if r[1] == 'the mask found' else f'{r[5]:+.4f} [{r[6]:+.4f}, {r[7]:+.4f}]'] for r in table])
+    show, zoom = np.linspace(0, len(rows), 6, endpoint=False).astype(int), max(1, 128 // images.shape[-1])
+    save_grid(out / 'back.png', [[outline(images[i, 0], own[i, 0], zoom=zoom) for i in show],
+                                 *([outline(y[i, 0], kinds[k][i, 0], (80, 220, 90), zoom) for i in show] for k, y in drawn.items())], ['real', *drawn], zoom)
+
+
 def cycle(args):
-    """mask -> image -> mask: Dice and lesion recall by size on the images, on the same with shuffled masks, and on real test images; on
-    empty masks the share in which something is found. (image -> mask -> image asks for a method that keeps the background; none here does.)"""
+    """mask -> image -> mask: Dice, contrast and lesion recall by size on the images, on the same with shuffled masks, and on real test images; on
+    empty masks the share in which something is found. With --bravo image -> mask -> image (back_again)."""
     device, out = setup(args), Path(args.out)
     made = json.loads((Path(args.fake) / 'sample.json').read_text())
     if not made.get('bravo'):
         fail(f'--fake {args.fake}: holds masks only; make images with sample.py --bravo RUN')
+    run = load_run(args.bravo, device) if args.bravo else None
+    if run and (run.hash != made['bravo'] or run.args.volume or getattr(run.args, 'dual', None) or run.args.neighbours):
+        fail(f'--bravo {args.bravo}: ' + ('makes volumes or pairs, or sees neighbours; image -> mask -> image is for single slices' if run.hash == made['bravo'] else
+                                          f'is not the run that made {args.fake}, or not with these weights'))
     fake = load_slices([args.fake], made['pixels'], cache=args.cache, training=False)
     real = real_like(args, made, parts=('judge', 'test'))
     judged = {p for p, part in zip((r['patient'] for r in real.table), real.part) if part == 'judge'} & {r['source'] for r in fake.table}
@@ -688,19 +759,30 @@ def cycle(args):
             others = side[who[side] != who[i]]
             others = others[torch.randperm(len(others), generator=g)[:10].numpy()]
             shuffled[i] = dice(found[np.full(len(others), i)], masks[others]).mean()
-    pieces = []
+    contrast = np.full(len(images), math.nan)                            # a mask that is found because what is drawn there shines is no success
+    for i in np.flatnonzero(masks.any((1, 2))):
+        ring = around(masks[i] > 0, RING) & (masks[i] == 0)
+        contrast[i] = images[i, 0][masks[i] > 0].mean() - images[i, 0][ring].mean() if ring.any() else math.nan
+    pieces, false = [], np.zeros(len(images))
+    diameter = lambda pixels: math.sqrt(4 * pixels.sum() / math.pi)
     for i, mask in enumerate(masks):
         labels, n = components(mask)
-        pieces += [(i, math.sqrt(4 * (labels == k).sum() / math.pi), found[i][labels == k].any()) for k in range(1, n + 1)]
+        pieces += [(i, diameter(labels == k), found[i][labels == k].any()) for k in range(1, n + 1)]
+        labels, n = components(found[i])
+        false[i] = sum(not mask[labels == k].any() for k in range(1, n + 1))
     pieces = np.array(pieces, float)
     edges = np.quantile(pieces[pieces[:, 0] >= len(rows), 1], (1 / 3, 2 / 3))
+    name = (f'below {edges[0]:.1f} pixels', f'{edges[0]:.1f} to {edges[1]:.1f} pixels', f'above {edges[1]:.1f} pixels')
     piece_rows = [np.flatnonzero(pieces[:, 0] == i) for i in range(len(images))]
+    whole = np.array([np.digitize(diameter(m > 0), edges) for m in masks])                                # of the disc as large as all of a mask
 
     def measure(i):
         p = pieces[np.concatenate([piece_rows[r] for r in i])]
         size = np.digitize(p[:, 1], edges)
-        name = (f'below {edges[0]:.1f} pixels', f'{edges[0]:.1f} to {edges[1]:.1f} pixels', f'above {edges[1]:.1f} pixels')
+        mean = lambda v: np.nanmean(v) if np.isfinite(v).any() else math.nan
         return {'Dice, own masks': np.nanmean(own[i]), 'Dice, shuffled masks': np.nanmean(shuffled[i]), 'Dice, own - shuffled': np.nanmean(own[i] - shuffled[i]),
+                'contrast, mask - ring': mean(contrast[i]), 'false pieces an image': false[i].mean(),
+                **{f'Dice, masks {n}': mean(own[i][whole[i] == k]) for k, n in enumerate(name)},
                 **{f'lesions found, {n}': p[size == k, 2].mean() if (size == k).any() else math.nan for k, n in enumerate(name)}}
 
     names, points = list(measure(fakes)), [measure(fakes), measure(reals)]
@@ -709,6 +791,8 @@ def cycle(args):
                                                       empty=dict(zip(('fake', 'real'), ([k, len(v)] for k, v in zip(alarms, empty))))))
     told = ['{} of {} [{:.2f}, {:.2f}]'.format(k, len(v), *wilson(k, len(v))) for k, v in zip(alarms, empty)]
     print0(f'something found where the mask is empty: {told[0]} generated, {told[1]} real images (intervals: as if slices were independent)')
+    if run:
+        back_again(args, run, real, test, found[len(rows):], patients[len(rows):], edges, device)
     show = np.concatenate([fakes[np.linspace(0, len(fakes), 6, endpoint=False).astype(int)], reals[np.linspace(0, len(reals), 6, endpoint=False).astype(int)]])
     zoom = max(1, 128 // images.shape[-1])
     save_grid(out / 'cycle.png', [[outline(images[i, 0], m[i], c, zoom) for i in show] for m, c in ((masks, (255, 80, 60)), (found, (80, 220, 90)))],
@@ -1529,8 +1613,9 @@ def search(template, image, spacing):
     q, _ = climb(q[k:k + 1], reach, 25, 0.5, *about)
     A = affine(q)[0]
     matrix = torch.cat([A[:, :3], (A[:, 3] + template.centre - A[:, :3] @ centre)[:, None]], 1)
+    z = float(q[0, 2] + template.centre[2])                                   # may have climbed beyond the levels tried
     with torch.no_grad():
-        return matrix, float(explained(q, *about, order=0)[1]), float(q[0, 2] + template.centre[2]), float(good.min()) - 2, float(good.max()) + 2
+        return matrix, float(explained(q, *about, order=0)[1]), z, min(z, float(good.min()) - 2), max(z, float(good.max()) + 2)
 
 
 def plane(bounds, size, spacing, z):
@@ -1716,8 +1801,8 @@ def compare_slices(args, template, done, state, save):
     points = [measure(i) for i in sides]
     draws = [[measure(draw(i, who, generator(args.seed, 'atlas', k, side), True)) for side, i in enumerate(sides)] for k in range(args.repeats)]
     report(out, intervals(list(points[0]), points, draws), dict(fake=args.fake, slices=n, placed=dict(how), real_slices=len(real.table), nmi_cut=float(cut)))
-    write_csv(out / 'slices.csv', ['folder', 'nmi', 'tumour', 'in_ventricles', 'outside_brain'],
-              [[r['folder'], *t] for r, t in zip(rows, table[:n].tolist())])
+    write_csv(out / 'slices.csv', ['folder', 'nmi', 'tumour', 'in_ventricles', 'outside_brain', 'z', 'z_low', 'z_high'],
+              [[r['folder'], *t, *(state['fakes'].get(r['folder'], {}).get(k, '') for k in ('z', 'z_low', 'z_high'))] for r, t in zip(rows, table[:n].tolist())])
     print0(f'placed: {", ".join(f"{k} {v}" for v, k in how.items())}; real beside: {len(real.table)} slices of {len(by_patient)} patients')
 
 

@@ -237,7 +237,7 @@ def learn_steps(run, args, draw_with, out):
 
 
 def write_pairs(args, run, conditions, out):
-    """Shards of 64 pairs: noise, image (in the process's range), mask, level, number. One file appears at once; the next start skips it."""
+    """Shards of 64 pairs: noise, image (in the process's range), mask, level, number, source, and how it was guided. One file appears at once; the next start skips it."""
     stop, shards = Stop(), list(range(0, args.n, 64))
     for k in progress(shards[rank()::world()], 'pairs', unit='shard'):
         ids, file = list(range(k, min(k + 64, args.n))), out / f'pairs_{k:07d}_{min(64, args.n - k)}.npz'
@@ -248,10 +248,11 @@ def write_pairs(args, run, conditions, out):
             some, start = ids[i:i + args.batch_size], []
             mask, level, about = conditions(some)
             x_0 = draw(run, args, [(i,) for i in some], 'image', args.steps, mask, level, lambda i, t, x_t, x_0: start or start.append(x_t.cpu()))
+            guidance = np.tile(np.float32([args.cfg, *args.cfg_interval, args.cfg_rescale]), (len(some), 1))
             parts.append((start[0].numpy(), x_0.cpu().numpy(), np.uint8(mask.cpu().numpy()), level.numpy(), np.array(some),
-                          np.array([a[0] for a in about])))
+                          np.array([a[0] for a in about]), guidance))
         buffer = io.BytesIO()
-        np.savez(buffer, **dict(zip(('noise', 'image', 'mask', 'level', 'index', 'source'), map(np.concatenate, zip(*parts)))))
+        np.savez(buffer, **dict(zip(('noise', 'image', 'mask', 'level', 'index', 'source', 'guidance'), map(np.concatenate, zip(*parts)))))
         atomic_write(file, buffer.getbuffer())
         for old in out.glob(f'pairs_{k:07d}_*.npz'):
             if old != file:
@@ -278,6 +279,9 @@ def read_steps(args, run):
     differ = [f'{k} {told.get(k)}, now {v}' for k, v in learned_for(args, run).items() if told.get(k) != v]
     if differ:
         print0(f'note: {args.steps_file} was learned for {"; ".join(differ)}')
+    N = run.process.steps
+    if N and (ts * N - (ts * N).round()).abs().max() > 1e-3:
+        print0(f'note: {args.steps_file} asks the network at times that it was not trained on, which are multiples of 1/{N}')
     return ts
 
 
@@ -775,6 +779,8 @@ def main(args):
     judge = Judge(args, main_run, device)
     masks = Masks(args, main_run, names, any(r.args.slice_level for r in runs.values()))
     name, ts, _ = solver(main_run, args, args.steps if args.bravo else args.seg_steps)
+    if name in OFF_GRID:
+        print0(f'note: {name} asks the network at times that it was not trained on')
     if args.save_at:
         keep_steps(args.save_at, ts, [], None)                                         # fails now, not after the first batch
 
@@ -807,10 +813,8 @@ def main(args):
     guidance = Guidance(args.cfg if args.bravo else args.seg_cfg, args.cfg_interval)
     asked = asked_times(name, ts, main_run.process)
     told, traces = f'{name} with {len(ts) - 1} steps = {len(asked) + sum(guidance.at(t).item() for t in asked)} forwards an image', []
-    if name == 'dpm++2s':
-        told += ', some at times that the network was not trained on'
     if name == 'adaptive':
-        told = f'adaptive, {args.pair or "bs23"}, at times that the network was not trained on'
+        told = f'adaptive, {args.pair or "bs23"}'
     N, cap = args.best_of or args.mc or 1, (args.max_draws or 20 * (args.best_of or 1)) // (args.best_of or 1)
     rounds = Counter(r[0] for r in made.tables.get('rejected', {}).values() if r[-1] in ('copy', 'distorted'))
     todo = [(i, rounds[str(i)]) for i in range(args.n) if i not in made.tables['manifest']]

@@ -563,6 +563,9 @@ def read_pairs(directory, size, split, space=Space()):
     """The shards of sample.py --pairs in one: noise, image (N,C,...) in the space, mask (N,1,S,S), level (N,). Fails when a mask's patient may not train."""
     shards = [np.load(f) for f in sorted(Path(directory).glob('pairs_*.npz'))]
     pairs = {k: np.concatenate([s[k] for s in shards]) for k in ('noise', 'image', 'mask', 'level', 'source')}
+    guided = {tuple(map(float, g)) for s in shards if 'guidance' in s for g in s['guidance']} - {(1.0, 0.0, 1.0, 0.0)}
+    if guided:
+        print0(f'{directory}: its images were guided ({", ".join(f"--cfg {g[0]:g} from {g[1]:g} to {g[2]:g}, rescale {g[3]:g}" for g in sorted(guided))}); this run learns that: draw it without')
     if pairs['mask'].shape[-1] != size or pairs['image'].shape[1:] != space.shape(size):
         fail(f'--reflow {directory}: holds images of {pairs["mask"].shape[-1]} pixels as {pairs["image"].shape[1:]}; --size is {size}, as {space.shape(size)}')
     split_patients([dict(name=s, source=s, synthetic=True, folder=f'{directory}') for s in sorted({*pairs['source'].tolist()})], split)
@@ -653,7 +656,7 @@ def main(args):
     net = channels_last(net)
     ema = EMA(net, args.ema_decay)
     if args.dtype == 'pure-bf16':
-        net.bfloat16()
+        pure_bf16(net)
     opt = build_optimizer(net, args)
     vgg = VGG16(args.perceptual_weights, args.lpips_weights).to(device) if args.perceptual else None
     losses, curriculum, start = LossByT(device), Curriculum(args), 0

@@ -71,13 +71,21 @@ def plausibility(data, rows, atlas=None, levels=8):
     return np.where(inside, np.round(A * 255).clip(1, 255), 0).astype(np.uint8)
 
 
-def anatomy_loss(p, A, mode='soft', eps=None):
+def anatomy_loss(p, A, mode='soft', eps=None, t=None):
     """Share of tumour p (B,1,S,S) in [0,1] that lies where it cannot, of each image (B,): sum p w / (sum p + eps); soft: w = 1 - A, hard: w = [A = 0].
 
     eps: a thousandth of the pixels, so that a speck in an otherwise empty mask does not weigh like a tumour; 0 for an empty one.
+    t (B,): where p is of an x0_hat; beyond 0.5, where that is a blur, the loss is 0.
     """
     w = 1 - A if mode == 'soft' else (A == 0).float()
-    return (p * w).flatten(1).sum(1) / (p.flatten(1).sum(1) + (p[0].numel() / 1000 if eps is None else eps))
+    share = (p * w).flatten(1).sum(1) / (p.flatten(1).sum(1) + (p[0].numel() / 1000 if eps is None else eps))
+    return share if t is None else share * (t <= 0.5)
+
+
+def augment_both(x_0, A, u, how):
+    """augment() of masks x_0 (B,1,S,S) of -1 and 1 and, where it is given, of the map A in [0,1] that belongs to each: moved alike."""
+    moved, x_0 = augment(x_0 if A is None else 2 * A - 1, x_0 + 1, u, how)             # nearest for masks, background outside
+    return x_0 - 1, None if A is None else (moved + 1) / 2
 
 
 def main(args):
@@ -130,7 +138,7 @@ def main(args):
     net = channels_last(net)
     ema = EMA(net, args.ema_decay)
     if args.dtype == 'pure-bf16':
-        net.bfloat16()
+        pure_bf16(net)
     opt = build_optimizer(net, args)
     losses, curriculum, start = LossByT(device), Curriculum(args), 0
     if state:
@@ -163,8 +171,7 @@ def main(args):
             x_0, extra = (v if v is None else v.to(device, non_blocking=True) for v in batch(picked[mine], size))
             A = torch.tensor(plausible[size][picked[mine]]).to(device) / 255 if args.anatomy else None
             if args.augment:
-                moved, x_0 = augment(x_0 if A is None else 2 * A - 1, x_0 + 1, u[mine], args.augment)      # nearest, background outside
-                x_0, A = x_0 - 1, None if A is None else (moved + 1) / 2
+                x_0, A = augment_both(x_0, A, u[mine], args.augment)
             if args.crop:                                                    # anywhere: more lesions than there are would be learned
                 x_0, _, extra = crop_volumes(x_0, x_0, args.crop, torch.rand(B, 4, generator=generator(args.seed, 'crop', step))[mine])
             context = tokens(x_0, hide[mine], present[mine])
@@ -173,8 +180,8 @@ def main(args):
             with contextlib.nullcontext() if last or world() == 1 else model.no_sync():
                 with autocast(device, args.dtype):
                     loss, square, x0_hat = process.loss(model, x_0, noise[mine], times, None, context, extra, args.min_snr)
-                if args.anatomy:                                               # of what would be cut as tumour, where x0_hat means something
-                    loss = loss + args.anatomy * (times <= 0.5) * anatomy_loss(process.from_range(x0_hat).clamp(0, 1), A, args.anatomy_mode)
+                if args.anatomy:                                               # of what would be cut as tumour
+                    loss = loss + args.anatomy * anatomy_loss(process.from_range(x0_hat).clamp(0, 1), A, args.anatomy_mode, t=times)
                 loss = loss.mean()
                 (loss / args.accumulate).backward()
             total += loss.detach() / args.accumulate

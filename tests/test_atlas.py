@@ -16,10 +16,10 @@ import torch.nn.functional as F
 import common
 import evaluate
 import train_seg
-from common import VENTRICLES, atomic_write, blur, decode_parc, decode_patient, find_patients, grow_labels, load_slices, read_nifti, write_csv, write_patient
+from common import VENTRICLES, atomic_write, blur, decode_parc, decode_patient, find_patients, grow_labels, load_slices, read_csv, read_nifti, write_csv, write_patient
 from evaluate import UNITS, affine, as_stored, carried, explained, extent_of, information, inverse, joint_histogram, labels_at, look, plane, slice_nmi
 from test_errors import refused
-from train_seg import anatomy_loss, plausibility
+from train_seg import anatomy_loss, augment_both, plausibility
 
 
 def test_information_of_known_pairs():
@@ -257,6 +257,9 @@ def test_generated_slices_lie_where_their_source_does(atlas, capsys):
     matrix = torch.tensor(atlas.told['patients']['volume']['matrix'])
     wanted = [slice_nmi(data.images[i, 0], t, matrix, plane(common.square_view(SHAPE[1:], SPACING[1:], (0, 0, 1, 1)), (16, 16), SPACING, data.table[i]['z'])) for i in picked]
     assert abs(told['metrics']['NMI of a slice']['fake'] - np.mean(wanted)) < 1e-6
+    atlas.run('--fake', fakes(atlas, 'drawn', 'x', [('drawn', *rows[8][1:])]), '--out', atlas.root / 'out')      # on a drawn mask: by search
+    told, row = json.loads((atlas.root / 'out/metrics.json').read_text()), read_csv(atlas.root / 'out/slices.csv')[0]
+    assert told['placed'] == {'by search': 1} and float(row['z_low']) <= float(row['z']) <= float(row['z_high'])
     noise = [(c, z, np.random.default_rng(i).random((16, 16), np.float32) * 2 - 1, m) for i, (c, z, _, m) in enumerate(rows)]
     atlas.run('--fake', fakes(atlas, 'noise', 'x', noise))
     assert json.loads((atlas.root / 'out/metrics.json').read_text())['metrics']['NMI of a slice']['fake'] < np.mean(wanted) - 0.02
@@ -285,6 +288,23 @@ def test_anatomy_loss():
         loss = anatomy_loss(empty, A[:1], mode)
         assert loss.item() == 0 and torch.autograd.grad(loss.sum(), empty)[0].isfinite().all()
     assert anatomy_loss(p, (A > 0.5).float() * 0.2, 'hard', 0)[0] == (p * (A <= 0.5)).sum((1, 2, 3))[0] / p.sum((1, 2, 3))[0]     # what is unlikely is not forbidden
+    late, early = (anatomy_loss(p, A, eps=0, t=torch.tensor(t)) for t in ([0.51, 1.0], [0.1, 0.5]))        # where x0_hat is a blur it says nothing
+    assert (late == 0).all() and torch.equal(early, anatomy_loss(p, A, eps=0))
+
+
+def test_the_map_moves_with_its_mask():
+    """A mask that is its own map stays it: flipped, and turned, scaled and shifted where both are 1 inside. The flip is exact, and the other side's tumour counts."""
+    x_0 = -torch.ones(8, 1, 32, 32)
+    x_0[:, :, 6:20, 3:13] = 1
+    A, u = (x_0 + 1) / 2, torch.rand(8, 5, generator=torch.Generator().manual_seed(0))
+    moved, B = augment_both(x_0, A, u, 'flip')
+    torch.testing.assert_close(2 * B - 1, moved)
+    flipped = (moved != x_0).flatten(1).any(1)
+    assert 0 < flipped.sum() < 8 and torch.equal(moved[flipped], x_0[flipped].flip(-1)) and torch.equal(moved[~flipped], x_0[~flipped])
+    assert torch.equal(augment_both(moved, B, u, 'flip')[0], x_0)                                      # twice is nothing
+    assert (anatomy_loss((moved + 1) / 2, B, eps=0) == 0).all() and anatomy_loss((moved + 1) / 2, A, eps=0)[flipped].min() == 1
+    moved, B = augment_both(x_0, A, u, 'affine')
+    assert anatomy_loss((moved + 1) / 2, B, eps=0).max() < 0.1 and not torch.equal(moved, x_0)         # the map is bilinear, the mask nearest
 
 
 def test_grown_labels():

@@ -312,6 +312,34 @@ def test_study(study, monkeypatch, capsys):
         assert e.value.code == 2 and words in capsys.readouterr().err
 
 
+def test_gated_arms(study, monkeypatch):
+    """Real and gated slices together, with and without augmentation; the interaction of the gate with augmentation is among the comparisons."""
+    trainings, real = [], train_segmenter
+    monkeypatch.setattr(evaluate, 'train_segmenter', lambda images, *a: (trainings.append((len(images), a[-2])), real(images, *a))[1])
+    out = study.root / 'gated'
+    study('--gated', study.root / 'set1', '--arms', 'real', 'real_aug', 'gated', 'gated_aug', 'synthetic_aug', '--seeds', '1', '--out', out)
+    assert trainings == [(27, False), (27, True), (33, False), (33, True), (6, True)]
+    assert {t['comparison'] for t in json.loads((out / 'metrics.json').read_text())['tests']} >= {'gated - real', 'gated x aug'}
+
+
+def test_recipe(monkeypatch):
+    """nnU-Net's optimiser: SGD 0.01 with Nesterov's momentum 0.99 and decay 3e-5, the rate (1 - k/K)^0.9, gradients clipped at 12; a third of a batch with tumour."""
+    seen, clips, batches = [], [], []
+
+    class SGD(torch.optim.SGD):
+        def step(self):
+            seen.append({k: self.param_groups[0][k] for k in ('lr', 'momentum', 'nesterov', 'weight_decay')})
+            super().step()
+    monkeypatch.setattr(torch.optim, 'SGD', SGD)
+    monkeypatch.setattr(torch.nn.utils, 'clip_grad_norm_', lambda p, most: clips.append(most))
+    monkeypatch.setattr(evaluate, 'segmentation_loss', lambda out, y: (batches.append(int(y.flatten(1).any(1).sum())), out[0].mean())[1])
+    masks = np.zeros((24, 1, 16, 16), np.uint8)
+    masks[:2, :, 4:8, 4:8] = 1
+    train_segmenter(np.random.default_rng(0).random((24, 1, 16, 16), np.float32), masks, 4, width=2, batch=9, augmented=False)
+    assert [s.pop('lr') for s in seen] == pytest.approx([0.01 * (1 - k / 4) ** 0.9 for k in range(4)]) and clips == [12] * 4
+    assert seen == [dict(momentum=0.99, nesterov=True, weight_decay=3e-5)] * 4 and min(batches) >= 3
+
+
 def test_cross_validation(study, capsys):
     """Every training patient is held out once; no test patient is in it."""
     study('--cross-validate', '3', '--gated', study.root / 'set1', '--out', study.root / 'cv')

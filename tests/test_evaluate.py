@@ -379,8 +379,16 @@ def test_cycle(trained, call, phantom, cache, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(evaluate, 'load_slices', slices)                 # a segmenter that knows every mask; test_segmenter has one that learns
     monkeypatch.setattr(evaluate, 'train_segmenter', lambda images, masks, steps, *a, **kw: (
         asked.append((len(images), steps)), lambda x: np.stack([known[v.tobytes()] for v in np.asarray(x)]))[1])
-    run('--split', str(tmp_path / 'split.csv'), '--train-steps', '7')
+    run('--split', str(tmp_path / 'split.csv'), '--train-steps', '7', '--bravo', str(trained / 'bravo'))
     assert 'where the mask is empty: 0 of ' in capsys.readouterr().out                                # it knows those too
+    apart = [r['found - this'] for r in read_csv(tmp_path / 'out/back.csv') if r['drawn for'] == 'its own']
+    m = json.loads((tmp_path / 'out/metrics.json').read_text())['metrics']
+    assert m['false pieces an image']['fake'] == m['false pieces an image']['floor'] == 0                # it knows every mask
+    assert [m[k]['floor'] for k in m if k.startswith('Dice, masks')].count(1.0) >= 2
+    assert len(apart) == 6 and {*map(float, apart[4:]), float(apart[0])} == {0.0} and (tmp_path / 'out/back.png').exists()
+    with pytest.raises(SystemExit) as e:
+        run('--split', str(tmp_path / 'split.csv'), '--bravo', str(trained / 'seg'))
+    assert e.value.code == 2 and f'is not the run that made {fake}' in capsys.readouterr().err
     told = json.loads((tmp_path / 'out/metrics.json').read_text())
     assert asked == [(told['judge_slices'], 7)] and told['judge_slices'] >= 8
     own, shuffled = told['metrics']['Dice, own masks'], told['metrics']['Dice, shuffled masks']
@@ -406,6 +414,38 @@ def test_cycle(trained, call, phantom, cache, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as e:
         run()                                                                                 # one judge patient of three slices
     assert e.value.code == 2 and '--split' in capsys.readouterr().err
+
+
+def test_image_to_mask_to_image(tmp_path, capsys):
+    """A network whose only image is the mask itself: drawn on from any t, a real image becomes its mask exactly, so that every error is known."""
+    class Mask(torch.nn.Module):
+        def forward(self, x, t, context=None, extra=None):
+            return (x[:, :1] - x[:, 1:]) / t[:, None, None, None]                              # v of a point mass at the mask
+    run = types.SimpleNamespace(net=Mask(), process=common.RFlow(100), args=types.SimpleNamespace(rflow=True, maisi=None, steps=100, p_uncond=0.0, slice_level=False))
+    g = torch.Generator().manual_seed(0)
+    masks = np.stack([disc(r, 16, 16, 32) for r in (2, 3, 5, 6)])[:, None].astype(np.uint8)
+    images = np.where(disc(14, 16, 16, 32), 0.5, -1.0)[None, None].repeat(4, 0).astype(np.float32) + 0.01 * torch.randn(4, 1, 32, 32, generator=g).numpy()
+    drawn = evaluate.redraw(run, images, masks, [0.5] * 4, 0.6, 0, 'cpu')
+    assert np.abs(drawn - masks).max() < 1e-5
+    np.testing.assert_array_equal(drawn[2:], evaluate.redraw(run, images, masks, [0.5] * 4, 0.6, 0, 'cpu')[2:])
+    real = types.SimpleNamespace(images=images, masks=masks, table=[dict(tumour=1, level=0.5)] * 4)
+    args = types.SimpleNamespace(out=tmp_path, seed=0, at=0.6, repeats=20)
+    evaluate.back_again(args, run, real, np.arange(4), masks[:, 0] > 0, np.array(list('abcd')), (5.0, 9.0), 'cpu')
+    rows = {(r['metric'], r['drawn for']): r for r in read_csv(tmp_path / 'back.csv')}
+    within = [np.abs(1 - x[m > 0]).mean() for x, m in zip(images[:, 0], masks[:, 0])]             # drawn: 1 in the tumour
+    for kind in ('the mask found', 'its own'):
+        assert float(rows['error in the tumour', kind]['value']) == pytest.approx(np.mean(within), abs=1e-5)
+        assert float(rows['error in its lesions below 5.0 pixels', kind]['value']) == pytest.approx(within[0], abs=1e-5)
+    assert float(rows['error in the tumour', 'its own']['found - this']) == 0
+    without = [np.abs(x[m > 0]).mean() for x, m in zip(images[:, 0], masks[:, 0])]                # 0 where there is no tumour
+    assert float(rows['error in the tumour', 'no tumour']['value']) == pytest.approx(np.mean(without), abs=1e-5)
+    luminance, structure = ssim_parts(torch.tensor(images), torch.tensor(masks, dtype=torch.float32))
+    rest = [common.head_mask(x)[0] & ~evaluate.around(m[0] > 0, evaluate.RING) for x, m in zip(images, masks)]
+    by_hand = np.mean([(luminance * structure)[i, 0].numpy()[w[5:-5, 5:-5]].mean() for i, w in enumerate(rest)])
+    assert float(rows['SSIM of the rest of the head', 'its own']['value']) == pytest.approx(by_hand, abs=1e-4)
+    with pytest.raises(SystemExit) as e:
+        evaluate.redraw(run, images, masks, [0.5] * 4, 0.01, 0, 'cpu')
+    assert e.value.code == 2 and '--at 0.01' in capsys.readouterr().err
 
 
 def test_real_masks_are_read_as_the_run_read_them(tmp_path):

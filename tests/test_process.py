@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from common import (DDPM, PAIRS, SAMPLERS, RFlow, asked_times, generator, make_denoise, sample_adaptive, sample_ddim, sample_dpmpp,
+from common import (embedded_step, DDPM, PAIRS, SAMPLERS, RFlow, asked_times, generator, make_denoise, sample_adaptive, sample_ddim, sample_dpmpp,
                     sample_dpmpp_2s, sample_dpmpp_sde, sample_euler, sample_heun)
 
 M, S = 0.3, 0.5
@@ -247,6 +247,28 @@ def velocity_oracle(scale):
     return denoise, calls
 
 
+@pytest.mark.parametrize('pair, order, below', [('bs23', 3, 2), ('heun-euler', 2, 1)])
+def test_orders_of_embedded_pairs(pair, order, below):
+    """Equal steps: Bogacki-Shampine's result is third order, Heun-Euler's second, and what they are compared with is one less in a single step."""
+    z, errors, gaps = torch.randn(64, 1, 1, 1, dtype=torch.float64, generator=generator('z')), [], []
+    denoise, _ = velocity_oracle(S)
+    slope, process = lambda x, t: (lambda x_0, eps: eps - x_0)(*denoise(x, t)), RFlow()
+    path = lambda t: (1 - t) * M + ((1 - t) ** 2 * S ** 2 + t ** 2) ** 0.5 * z
+    for n in (20, 40, 80, 160):
+        x, h = path(0.95), torch.full((64,), 0.9 / n, dtype=torch.float64)
+        for i in range(n):
+            t = torch.full((64,), 0.95 - i * 0.9 / n, dtype=torch.float64)
+            new, coarse, last = embedded_step(slope, x, t, h, slope(x, t), pair)
+            if i == 0:
+                gaps.append(float((coarse - path(0.95 - 0.9 / n)).square().mean().sqrt()))
+            x = new
+        assert (last is None) == (pair == 'heun-euler') and (last is None or torch.equal(last, slope(x, t - h)))       # first same as last
+        errors.append(float((x - path(0.05)).square().mean().sqrt()))
+    slopes = [math.log2(a / b) for a, b in zip(errors, errors[1:])]
+    assert slopes == pytest.approx([order] * 3, abs=0.12) and slopes[-1] == pytest.approx(order, abs=0.03)
+    assert math.log2(gaps[-2] / gaps[-1]) == pytest.approx(below + 1, abs=0.05)                                           # of one step: an order more
+
+
 @pytest.mark.parametrize('pair', PAIRS)
 def test_adaptive(pair):
     """The error follows the tolerance; times end at 0 exactly; forwards are counted; a straight flow takes the largest steps."""
@@ -285,6 +307,16 @@ def test_adaptive_gives_up_on_noise():
         sample_adaptive(lambda x, t: (torch.randn(x.shape, generator=g), torch.randn(x.shape, generator=g)), torch.randn(2, 1, 4, 4), [1.0, 0.0], RFlow(), tol=1e-6)
 
 
+@pytest.mark.parametrize('scale, known', [(1.0, {'bs23': 25, 'heun-euler': 60}), (0.05, {'bs23': 31, 'heun-euler': 33})])
+def test_adaptive_costs_what_is_known(scale, known):
+    """Forwards for 256 pixels at a tolerance of 0.001, smooth and stiff near t=0: those of another controller, to an eighth."""
+    z = torch.randn(1, 1, 16, 16, dtype=torch.float64, generator=generator('n'))
+    for pair, forwards in known.items():
+        denoise, calls = velocity_oracle(scale)
+        sample_adaptive(denoise, z, [1.0, 0.0], RFlow(), tol=1e-3, pair=pair)
+        assert len(calls) == pytest.approx(forwards, rel=0.125)
+
+
 def test_euler_shrinks_as_known():
     """N Euler steps of RFlow from N(0,1) data end with a standard deviation of 0.5, 0.720, 0.851, 0.923 for N = 2, 4, 8, 16."""
     z, process = torch.ones(1, 1, 1, 1, dtype=torch.float64), RFlow()
@@ -315,15 +347,25 @@ def test_samplers(name, process):
 
 
 def test_targets_give_the_same_trajectory():
-    """eps, v and x0 networks that mean the same thing walk the same path."""
+    """eps, v and x0 networks that mean the same thing walk the same path, with every solver."""
     x, ts = torch.randn(4, 1, 2, 2, dtype=torch.float64, generator=generator('t')), DDPM(1000, 'cosine').times(20)
-    ends = []
-    for target in ('eps', 'v', 'x0'):
-        process = DDPM(1000, 'cosine', target)
-        net = lambda x_t, t, context, extra, p=process: p.target_of(*oracle(p)(x_t, (t + 1e-3)[0]), t + 1e-3)
-        ends.append(sample_ddim(make_denoise(net, process), x.float(), ts, process))
-    torch.testing.assert_close(ends[0], ends[1], rtol=0, atol=1e-4)
-    torch.testing.assert_close(ends[0], ends[2], rtol=0, atol=1e-4)
+    for solver in (sample_ddim, sample_dpmpp, sample_dpmpp_2s):
+        ends = []
+        for target in ('eps', 'v', 'x0'):
+            process = DDPM(1000, 'cosine', target)
+            net = lambda x_t, t, context, extra, p=process: p.target_of(*oracle(p)(x_t, (t + 1e-3)[0]), t + 1e-3)
+            ends.append(solver(make_denoise(net, process), x.float(), ts, process))
+        torch.testing.assert_close(ends[0], ends[1], rtol=0, atol=1e-4)
+        torch.testing.assert_close(ends[0], ends[2], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize('process', EVERY, ids=NAMES)
+def test_one_point_is_hit_in_one_step(process):
+    """Whatever D (the x_0 asked for) is, if it is constant, DPM-Solver++ is there at once; the log-SNR of the first trained time is known."""
+    x_0, x = torch.linspace(-1, 1, 16).reshape(1, 1, 4, 4), torch.randn(2, 1, 4, 4, generator=generator('one'))
+    for solver in (sample_dpmpp, sample_dpmpp_2s):
+        torch.testing.assert_close(solver(make_denoise(Perfect(process, x_0), process), x, torch.tensor([0.5, 0.0]), process), x_0.expand(2, -1, -1, -1), rtol=0, atol=2e-5)
+    assert [float(RFlow(n).log_snr(1 / n)) for n in (100, 1000)] == pytest.approx([9.19, 13.8], abs=0.02)
 
 
 @pytest.mark.parametrize('process', [RFlow(), DDPM(1000, 'cosine')], ids=['rflow', 'ddpm'])

@@ -212,11 +212,40 @@ def test_schedules_stay_exact_beside_bf16_weights():
     """A DDPM table in bf16 is 1.0 for 94 steps; ours falls strictly at every step, and the average of bf16 weights is kept in fp32."""
     naive = torch.cumprod((1 - torch.linspace(1e-4, 2e-2, 1000)).bfloat16(), 0)
     assert int((naive == 1).sum()) == 94
+    assert len((1 - torch.linspace(1e-4, 2e-2, 1000)).bfloat16().unique()) == 6                  # what a cast leaves of 1 - beta
     process = DDPM(1000, 'linear')
     t = torch.arange(1, 1001) / 1000
     assert (process.log_snr(t).diff() < 0).all() and (process.alpha(t).diff() < 0).all()
     ema = EMA(nn.Linear(3, 3).bfloat16(), 0.999)
     assert all(p.dtype == torch.float32 for p in ema.net.parameters())
+
+
+def test_kahan_sums():
+    """A thousand updates of 1e-4 on 1: to nearest they leave 1, with the lost part kept 1.1016, and 1.1 with that part added."""
+    p = nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
+    opt = PureBF16([p], 1e-4, 0.0, 0, kahan=True)
+    for _ in range(1000):
+        p.grad = -torch.ones_like(p)                                                              # Adam's step is lr, whatever the gradient
+        opt.step()
+    assert float(p) == pytest.approx(1.1016, abs=1e-4) and float(p) + float(opt.state[p]['lost']) == pytest.approx(1.1, abs=4e-3)
+
+
+@pytest.mark.parametrize('model', ['dit', 'mamba', 'mmdit'])
+def test_what_modulates_stays_wide(model, call, tmp_path):
+    """In pure bf16 a scale of 2^-10 still scales; Mamba's A and the bias of its dt are kept, updated and averaged in fp32, all else in bf16."""
+    run = call('bravo', tmp_path / 'run', '--rflow', '--dtype', 'pure-bf16', '--model', model, '--iters', 3)
+    kept = {n: v for n, v in load_checkpoint(run)['net'].items() if v.dtype == torch.float32}
+    assert {n.rsplit('.')[-1] for n in kept} == ({'A_log', 'dt_bias'} if model == 'mamba' else set())
+    assert all(not torch.equal(v, v.bfloat16().float()) for v in kept.values())
+    assert call('bravo', run, '--rflow', '--dtype', 'pure-bf16', '--model', model, '--iters', 3) == run                # loads
+    net = common.load_run(run).net
+    common.pure_bf16(net)
+    for p in net.blocks[0].modules():
+        if isinstance(p, common.Block):
+            p.ada.weight.data.zero_(), p.ada.bias.data.fill_(2.0 ** -10)
+    ones = torch.ones(1, net.blocks[0].image.ada.in_features if model == 'mmdit' else net.blocks[0].ada.in_features)
+    mods = (net.blocks[0].image if model == 'mmdit' else net.blocks[0]).modulation(ones)
+    assert all(m.dtype == torch.float32 for m in mods) and float((1 + mods[1]).mean()) == 1 + 2.0 ** -10 != float((1 + mods[1].bfloat16()).mean())
 
 
 def test_pure_bf16_says_its_bytes(call, tmp_path, capsys):

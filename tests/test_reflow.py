@@ -25,12 +25,22 @@ class Oracle(torch.nn.Module):
 
 
 def test_straightness():
-    """For N(0,1) data it is 2 - pi/2 = 0.4292 a pixel (Liu 2022's flow between equal Gaussians); for one point it is 0."""
+    """For N(0,s^2) data it is s (2 - pi/2) a pixel, 0.4292 for s = 1 (Liu 2022's flow between Gaussians); for one point, and on the coupled
+    pairs of the flow itself, it is 0, and there one Euler step is exact."""
     pairs = argparse.Namespace(noise=torch.randn(64, 1, 16, 16, generator=generator('z')).double(), mask=torch.zeros(64, 1, 16, 16), level=torch.zeros(64))
     args = argparse.Namespace(p_uncond=0.0, slice_level=False, dtype='fp32', steps=0)
     found = train_bravo.straightness(Oracle(1.0), RFlow(), pairs, args, 'cpu', steps=1000)
     assert abs(found / float(pairs.noise.square().mean()) - (2 - math.pi / 2)) < 2e-3
     assert train_bravo.straightness(Oracle(1e-6), RFlow(), pairs, args, 'cpu') < 1e-6
+    found = train_bravo.straightness(Oracle(0.5), RFlow(), pairs, args, 'cpu', steps=1000)
+    assert abs(found / float(pairs.noise.square().mean()) - 0.5 * (2 - math.pi / 2)) < 2e-3
+
+    class Coupled(torch.nn.Module):
+        def forward(self, x, t, context=None, extra=None):                                  # of pairs (z, z/2): x_t = (1 + t) z / 2, v = z / 2
+            return x[:, :1].double() / (1 + t.double().reshape(-1, 1, 1, 1))
+    assert train_bravo.straightness(Coupled(), RFlow(), pairs, args, 'cpu') < 1e-12
+    end = common.sample_euler(common.make_denoise(Coupled(), RFlow(), pairs.mask), pairs.noise, RFlow().times(1), RFlow())
+    torch.testing.assert_close(end, pairs.noise / 2, rtol=0, atol=1e-6, check_dtype=False)
 
 
 @pytest.fixture(scope='module')
@@ -46,7 +56,7 @@ def test_pairs(pairs, call, trained, phantom, tmp_path):
     assert files == ['pairs_0000000_64.npz', 'pairs_0000064_6.npz'] and not list(pairs.glob('syn_*'))
     shard, run = np.load(pairs / files[1]), common.load_run(trained / 'bravo')
     assert shard['index'].tolist() == list(range(64, 70)) and shard['noise'].shape == shard['image'].shape == (6, 1, 16, 16)
-    assert all(common.part_of(s) == 'train' for s in shard['source'])
+    assert all(common.part_of(s) == 'train' for s in shard['source']) and shard['guidance'].tolist() == [[1, 0, 1, 0]] * 6
     for k, i in enumerate(shard['index']):
         assert np.array_equal(shard['noise'][k], torch.randn(1, 16, 16, generator=generator(0, 'image', int(i))).numpy())
     with torch.no_grad():
@@ -81,6 +91,20 @@ def test_reflow(pairs, call, trained, tmp_path, capsys, flags):
     said = capsys.readouterr().out
     assert 'straightness before' in said and 'straightness after' in said and 'training on 70 pairs' in said
     assert error(common.load_run(out)) < 0.7 * error(start)
+
+
+def test_guided_pairs(pairs, call, trained, phantom, tmp_path, capsys):
+    """How they were guided is kept with the pairs, and said when they are learned; solvers off the grid are named."""
+    shutil.copytree(pairs, tmp_path / 'guided')
+    for f in (tmp_path / 'guided').glob('*.npz'):
+        shard = dict(np.load(f))
+        np.savez(f, **dict(shard, guidance=np.tile(np.float32([3, 0.1, 0.8, 0.5]), (len(shard['index']), 1))))
+    train_bravo.read_pairs(tmp_path / 'guided', 16, None)
+    assert '--cfg 3 from 0.1 to 0.8, rescale 0.5' in capsys.readouterr().out
+    train_bravo.read_pairs(pairs, 16, None)
+    assert 'guided' not in capsys.readouterr().out
+    call('sample', tmp_path / 'off', '--bravo', trained / 'bravo', '--data', phantom, '--pairs', '--n', 2, '--steps', 2, '--sampler', 'dpm++2s')
+    assert 'note: dpm++2s asks the network at times that it was not trained on' in capsys.readouterr().out
 
 
 def test_pairs_keep_their_box(pairs, call, trained, phantom, tmp_path):

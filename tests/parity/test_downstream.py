@@ -2,16 +2,18 @@
 
     python -m pytest -q tests/parity/test_downstream.py        (-s prints the largest difference of each test)
 
-Only S is compared of MedNeXt: in the larger ones MONAI gives the downward blocks another expansion than the published code (and its counts).
+In MedNeXt B, M and L MONAI gives the downward blocks the expansion of the level above, the published code (and its counts) that of the level below:
+those blocks are put in its place.
 """
 import pytest
 import torch
 
 pytest.importorskip('dynamic_network_architectures', reason='see tests/parity/requirements.txt')
 from dynamic_network_architectures.architectures.unet import PlainConvUNet
-from monai.networks.nets.mednext import MedNeXtS
+from monai.networks.blocks.mednext_block import MedNeXtDownBlock
+from monai.networks.nets.mednext import MedNeXt as Theirs
 
-from evaluate import MedNeXt, PlainUNet
+from evaluate import MEDNEXT, MedNeXt, PlainUNet
 
 
 @torch.no_grad()
@@ -37,10 +39,14 @@ def test_nnunet(size, features, strides, randomise, gap):
     assert gap(x.grad / y.grad.std(), y.grad / y.grad.std(), 'gradient') < 1e-9
 
 
-@pytest.mark.parametrize('dims, kernel', [(2, 3), (2, 5), (3, 3), (3, 5)])
-def test_mednext(dims, kernel, randomise, gap):
-    theirs = MedNeXtS(spatial_dims=dims, kernel_size=kernel, deep_supervision=True)
-    mine = randomise(MedNeXt('s', dims, kernel))
+@pytest.mark.parametrize('kind, dims, kernel, width', [('s', 2, 3, 32), ('s', 2, 5, 32), ('s', 3, 3, 32), ('s', 3, 5, 32), ('b', 2, 3, 8), ('b', 3, 5, 4), ('m', 2, 5, 8),
+                                                       ('m', 3, 3, 4), ('l', 2, 3, 8), ('l', 2, 5, 4)])
+def test_mednext(kind, dims, kernel, width, randomise, gap):
+    expand, blocks = MEDNEXT[kind]
+    theirs = Theirs(dims, width, 1, 2, expand[:4], expand[5:], expand[4], kernel, True, True, blocks[:4], blocks[4], blocks[5:])
+    for i in range(4):
+        theirs.down_blocks[i] = MedNeXtDownBlock(width * 2 ** i, width * 2 ** (i + 1), expand[i + 1], kernel, True, dim=f'{dims}d')
+    mine = randomise(MedNeXt(kind, dims, kernel, width))
     body = [p for n, p in theirs.named_parameters() if not n.startswith('out_')]
     heads = [p for out in (theirs.out_0, *reversed(theirs.out_blocks)) for p in out.parameters()]
     same_weights(mine, body + heads)
