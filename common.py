@@ -902,7 +902,7 @@ def phantom_root(cache='runs/cache'):
 
 
 class CPUAttention(torch.autograd.Function):
-    """softmax(q k^T) v on the CPU, with a backward that keeps one score matrix instead of three and works in place.
+    """softmax(q k^T) v in bf16 on the CPU, with a backward that keeps one score matrix instead of three and works in place.
 
     1,024 queries at a time, so that the other score matrices are small. With P = softmax(q k^T) and g the gradient of out = P v:
     dv = P^T g, dP = g v^T, dS = P * (dP - rowsum(dP * P)), dq = dS k, dk = dS^T q. Scores in q's precision, softmax in fp32 inside.
@@ -987,14 +987,15 @@ class GroupNorm(nn.GroupNorm):
 WATCHERS = []       # functions that see queries, keys and mask of every attention before it is computed (analysis.py attention)
 
 
-def attention(q, k, v, mask=None, fused=False):
+def attention(q, k, v, mask=None):
     """softmax(q k^T / sqrt(d)) v for (B, heads, N, d), over the keys where mask (B,1,1,M) is true. Every attention goes through here.
 
-    fused: on the CPU too torch's kernel where no gradient is wanted; in fp32 it makes a forward of DiT-S/4 a tenth shorter.
+    torch's kernel, which holds no score matrix, but for bf16 on the CPU with up to 2,048 tokens: there it takes 1.1 to 1.7 times as long
+    as CPUAttention, while in fp32 that took 1.0 to 1.6 times as long as the kernel (forward and backward, one core with AMX).
     """
     for see in WATCHERS:
         see(q, k, mask)
-    if mask is not None or q.device.type == 'cuda' or fused and q.dtype == torch.float32 and not torch.is_grad_enabled():
+    if mask is not None or q.device.type != 'cpu' or q.dtype != torch.bfloat16 or q.shape[-2] * k.shape[-2] > 1 << 22:
         return F.scaled_dot_product_attention(q, k, v, mask)
     return CPUAttention.apply(q * q.shape[-1] ** -0.5, k, v)
 
@@ -1013,11 +1014,11 @@ class Attention(nn.Module):
     brought to a root mean square of one in each head, times a learned scale, so that no logit can grow without end (Esser 2024).
     """
 
-    def __init__(self, channels, head_channels, context_dim=None, bias=True, qk_norm=False, fused=False, project=True):
+    def __init__(self, channels, head_channels, context_dim=None, bias=True, qk_norm=False, project=True):
         super().__init__()
         if channels % head_channels:
             fail(f'--head-channels {head_channels}: does not divide the {channels} channels of an attention level')
-        self.heads, self.fused = channels // head_channels, fused
+        self.heads = channels // head_channels
         if context_dim is None:
             self.qkv = nn.Linear(channels, 3 * channels, bias)
         else:
@@ -1037,7 +1038,7 @@ class Attention(nn.Module):
 
     def forward(self, x, context=None):
         """x (B,N,C), context (B,M,context_dim) or none -> (B,N,C)."""
-        return self.join(attention(*self.project(x, context), None if context is None else (context != 0).any(-1)[:, None, None], self.fused))
+        return self.join(attention(*self.project(x, context), None if context is None else (context != 0).any(-1)[:, None, None]))
 
 
 class SpatialAttention(nn.Module):
@@ -1761,7 +1762,7 @@ class JointBlock(nn.Module):
     def forward(self, x, y, mod, mask=None):
         """x (B,N,width), y (B,M,width), mask (B,1,1,M+N): which tokens may be attended to."""
         streams = [(self.context, y, mod[1]), (self.image, x, mod[0])]
-        joint = attention(*(torch.cat(v, 2) for v in zip(*(s.mixer.project(modulate(h, *m[:2])) for s, h, m in streams))), mask, fused=True)
+        joint = attention(*(torch.cat(v, 2) for v in zip(*(s.mixer.project(modulate(h, *m[:2])) for s, h, m in streams))), mask)
         y, x = (h if s.mixer.out is None else s.feed(h + m[2] * s.mixer.join(part), m)
                 for (s, h, m), part in zip(streams, joint.split((y.shape[1], x.shape[1]), 2)))
         return x, y
@@ -1778,7 +1779,7 @@ class Tokens(nn.Module):
         super().__init__()
         self.checkpointing = False
         self.in_channels, self.dims, self.patch, self.width, self.context_dim, self.mixer = in_channels, dims, patch, width, context_dim, mixer
-        make = {'attention': lambda i: Block(width, Attention(width, width // heads, fused=True), heads, context_dim),
+        make = {'attention': lambda i: Block(width, Attention(width, width // heads), heads, context_dim),
                 'mamba': lambda i: Block(width, Mamba(width, heads, dims), heads, context_dim),
                 'joint': lambda i: JointBlock(width, heads, i == depth - 1)}[mixer]
         self.embed = nn.Linear(patch ** dims * in_channels, width)
@@ -3224,7 +3225,10 @@ def iters_for(minutes, train_step, net, opt, device, lr):
 
 def dry_run(net, train_step, opt, args):
     """Prints what a training costs, from real steps that are undone, at each size of --progressive: parameters, FLOPs, memory, time."""
-    from torch.utils.flop_counter import FlopCounterMode
+    from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+    aten = torch.ops.aten                                                    # torch counts these kernels on GPUs only
+    attentions = {aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+                  aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, **__: sdpa_backward_flop_count(g, q, k, v)}
     kept, own = {}, {p.untyped_storage().data_ptr() for p in net.parameters()}
 
     def pack(v):
@@ -3235,7 +3239,7 @@ def dry_run(net, train_step, opt, args):
     stages = len(args.progressive or (0,))
     steps = [-(-k * args.iters // stages) if args.iters else k for k in range(stages)]
     with rehearsal(net, opt):
-        with FlopCounterMode(display=False) as flops, torch.autograd.graph.saved_tensors_hooks(pack, lambda v: v):
+        with FlopCounterMode(display=False, custom_mapping=attentions) as flops, torch.autograd.graph.saved_tensors_hooks(pack, lambda v: v):
             most = 0
             for step in steps:
                 kept.clear()

@@ -2065,6 +2065,8 @@ def grades_table(args, items, got, key):
         v = grades[np.ix_(who, some)].reshape(-1, 2, len(GRADES))
         return [dict(zip(GRADES, np.nanmean(v[:, side], 0) if np.isfinite(v).any() else [math.nan] * len(GRADES))) for side in (0, 1)]
 
+    apart = [np.nanmean(v[:, np.isfinite(v).any(0)], 0) for v in np.moveaxis(grades[:, :, 0] - grades[:, :, 1], 2, 0)]                    # of each pair, over readers
+    print0('grades, generated against real, p of the signed-rank test over pairs: ' + ', '.join(f'{g} {signed_rank(d):.2g}' for g, d in zip(GRADES, apart)))
     return intervals(GRADES, means(None), [means(k) for k in range(args.repeats)])
 
 

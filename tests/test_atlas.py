@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import types
 
@@ -231,6 +232,22 @@ def test_a_changed_image_is_registered_again(atlas, capsys, monkeypatch):
     (out / 'atlas.json').write_text(json.dumps(state))
     atlas.run('--out', out)
     assert calls == ['slice']
+
+
+def test_written_parcellations_are_trained_on(atlas, call, tmp_path, capsys):
+    """atlas --write, then train_seg.py --anatomy on the same folder; the command again keeps the files."""
+    shutil.copytree(atlas.root / 'data', tmp_path / 'data')                                   # with its times: what is registered stays so
+    shutil.copytree(atlas.root / 'out', tmp_path / 'out')
+    flags = ['--data', tmp_path / 'data', '--out', tmp_path / 'out', '--write']
+    atlas.run(*flags)
+    for name in ('volume', 'slice'):
+        assert (tmp_path / 'data' / name / 'parc.nii.gz').read_bytes() == (atlas.root / 'out' / name / 'parc.nii.gz').read_bytes()
+    write_csv(tmp_path / 'split.csv', ['patient', 'part'], [('volume', 'train'), ('slice', 'val')])
+    call('seg', tmp_path / 'run', '--rflow', '--slice-level', '--data', tmp_path / 'data', '--split', tmp_path / 'split.csv', '--anatomy', 1, '--iters', 2)
+    told = re.search(r'anatomy: (\S+) of the pixels are ventricle or outside the brain; (\S+) of the real tumour', capsys.readouterr().out)
+    assert 0 < float(told[1]) < 1 and 0 <= float(told[2]) < 1
+    atlas.run(*flags)
+    assert 'again' not in capsys.readouterr().out
 
 
 def fakes(atlas, name, bravo, rows):

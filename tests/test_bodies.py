@@ -9,7 +9,8 @@ import common
 import evaluate
 
 BODIES = {'unet': [], 'dit': ['--model', 'dit'], 'mmdit': ['--model', 'mmdit'], 'mamba': ['--model', 'mamba'], 'wavelet': ['--wavelet'],
-          'latent': ['--latent'], 'dit in bands': ['--model', 'dit', '--patch', 2, '--wavelet'], 'dit in latents': ['--model', 'dit', '--patch', 2, '--latent']}
+          'latent': ['--latent'], 'dit in bands': ['--model', 'dit', '--patch', 2, '--wavelet'], 'dit in latents': ['--model', 'dit', '--patch', 2, '--latent'],
+          'mamba in bands': ['--model', 'mamba', '--patch', 2, '--wavelet'], 'mmdit in latents': ['--model', 'mmdit', '--patch', 2, '--latent']}
 
 
 @pytest.fixture(scope='module')

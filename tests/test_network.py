@@ -3,7 +3,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common import GroupNorm, UNet, attention, generator
+from common import CPUAttention, GroupNorm, UNet, attention, generator
 
 
 def gradients(f, inputs, g):
@@ -19,13 +19,15 @@ def gap(found, wanted):
 
 
 @pytest.mark.parametrize('dtype, limit', [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 0.01)], ids=str)
-@pytest.mark.parametrize('n, m', [(9, 9), (1100, 1100), (5, 3), (2049, 2)])
+@pytest.mark.parametrize('n, m', [(9, 9), (1100, 1100), (2100, 2100), (5, 3), (2049, 2)])
 def test_attention(n, m, dtype, limit):
-    """softmax(q k^T / sqrt(d)) v and its three gradients; more queries than one block, and keys of another number."""
+    """softmax(q k^T / sqrt(d)) v and its three gradients, ours and whatever attention() takes; more queries than one block, and keys of another number."""
     g = generator('attention')
     q, k, v, w = (torch.randn(2, 3, size, 8, generator=g, dtype=torch.float64).to(dtype) for size in (n, m, m, n))
     plain = lambda q, k, v: (q @ k.mT / 8 ** 0.5).softmax(-1) @ v
-    assert gap(gradients(attention, (q, k, v), w), gradients(plain, [x.double() for x in (q, k, v)], w)) < limit
+    wanted = gradients(plain, [x.double() for x in (q, k, v)], w)
+    for f in (attention, lambda q, k, v: CPUAttention.apply(q * q.shape[-1] ** -0.5, k, v)):
+        assert gap(gradients(f, (q, k, v), w), wanted) < limit
 
 
 @pytest.mark.parametrize('dtype, limit', [(torch.float64, 2e-6), (torch.float32, 2e-6), (torch.bfloat16, 0.01)], ids=str)

@@ -155,7 +155,7 @@ def scored(folder, rows):
     return {(r['reader'], r['measure']): r for r in read_csv(folder / 'readers.csv')}, json.loads((folder / 'metrics.json').read_text())
 
 
-def test_readers_who_know_and_who_are_wrong(tmp_path):
+def test_readers_who_know_and_who_are_wrong(tmp_path, capsys):
     """On the key 100 %, on its inverse 0 %; grades that favour real images by 2 are 2 apart; all agree with themselves."""
     folder = invented(tmp_path / 'study')
     grade = lambda right: ('5;4;4;5' if right == 'real' else '3;2;2;3', '')
@@ -173,6 +173,7 @@ def test_readers_who_know_and_who_are_wrong(tmp_path):
     assert {g: (m[g]['fake'], m[g]['floor'], m[g]['above_low'], m[g]['above_high']) for g in GRADES} == {
         g: (f, r, -2, -2) for g, f, r in zip(GRADES, (3, 2, 2, 3), (5, 4, 4, 5))}
     assert (folder / 'roc.png').stat().st_size > 1000 and (folder / 'hardest.png').exists()
+    assert f'signed-rank test over pairs: {GRADES[0]} {2 ** -9:.2g}' in capsys.readouterr().out               # ten pairs, all on one side
 
 
 def test_readers_who_guess(tmp_path):

@@ -191,6 +191,20 @@ def test_space_of_bands():
     torch.testing.assert_close(process.from_range(process.to_range(x)), x)
 
 
+@pytest.mark.parametrize('vae', VAES)
+def test_lesions_of_two_pixels_reach_every_latent(vae):
+    """The mask comes out of the condition as it went in, whatever the factor: a lesion of two pixels at any place is two ones in one cell, or in two."""
+    args = dict(vae=vae, channels=(4, 8, 8, 8)[:len(VAES[vae]) + 1], layers=1, latent_channels=3, norm_groups=2)
+    net, factor = build_autoencoder(argparse.Namespace(**args))
+    space = Space(dict(args=args, weights=net.state_dict(), shift=torch.zeros(3), scale=torch.ones(3)))
+    masks = torch.zeros(16 * 15, 1, 16, 16)
+    for k in range(len(masks)):
+        masks[k, 0, k // 15, k % 15:k % 15 + 2] = 1
+    condition = space.condition(masks)
+    assert condition.shape[1:] == (math.prod(factor), *(16 // f for f in factor)) and (condition.sum((1, 2, 3)) == 2).all()
+    assert torch.equal(depth_to_space(condition, factor), masks) and condition.flatten(1).unique(dim=0).shape[0] == len(masks)
+
+
 def test_moments():
     """Scaled by them, every channel has mean 0 and standard deviation 1, whatever the parts."""
     z = torch.randn(50, 3, 4, 4, generator=generator('m')) * torch.tensor([0.1, 1, 30.0])[:, None, None] + 5

@@ -207,6 +207,16 @@ def test_scan(length, chunk, decay):
         assert (found - wanted).abs().max() < 1e-10 * max(1, float(wanted.abs().max()))
 
 
+def test_scan_sees_nothing_ahead():
+    """What comes out at token i depends on the tokens up to it and on no later one, across chunks too."""
+    x, a, b, c = scan_inputs(20)
+    x.requires_grad_()
+    y = ssd(x, a, b, c, 8)
+    for i in (0, 7, 8, 13, 19):
+        slope, = torch.autograd.grad(y[:, i].sum(), x, retain_graph=True)
+        assert (slope[:, i + 1:] == 0).all() and (slope[:, :i + 1] != 0).all()
+
+
 def test_scan_forgets_without_overflow():
     """In fp32, with decays that no inverse could undo (exp of 32,000), and with none at all."""
     x, a, b, c = scan_inputs(64, dtype=torch.float32)

@@ -13,7 +13,7 @@ from PIL import Image
 import common
 import train_bravo
 import train_seg
-from common import EMA, VGG16, LossByT, Upsample, UNet, attention, batch_rows, generator, load_run, lr_at, lr_suggestions
+from common import EMA, VGG16, LossByT, Upsample, UNet, batch_rows, generator, load_run, lr_at, lr_suggestions
 
 
 @pytest.fixture
@@ -34,12 +34,6 @@ def scramble(net, seed=0):
     for p in net.parameters():
         p.data = torch.randn(p.shape, generator=g) * (max(p[0].numel(), 1) ** -0.5 if p.ndim > 1 else 0.5) + (p.ndim == 1) * 0.5
     return net
-
-
-def test_attention():
-    """Two matmuls equal the fused kernel."""
-    q, k, v = torch.randn(3, 2, 4, 33, 16, generator=generator('qkv')).unbind(0)
-    torch.testing.assert_close(attention(q, k, v), F.scaled_dot_product_attention(q, k, v), rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize('dims', [2, 3])
