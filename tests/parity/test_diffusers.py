@@ -135,22 +135,25 @@ def test_dpmpp_2m(kind, algorithm, n, gap, monkeypatch):
 
 
 @pytest.mark.parametrize('n', [5, 20])
-@pytest.mark.parametrize('kind', ['cosine x0', 'cosine v', 'linear v'])
+@pytest.mark.parametrize('kind', ['cosine eps', 'cosine x0', 'cosine v', 'linear eps', 'linear v', 'flow'])
 @torch.no_grad()
 def test_dpmpp_2s(kind, n, gap):
-    """Single-step DPM-Solver++: diffusers' goes through a list of times, here ours with the middles (in log-SNR) between them."""
-    schedule, target = kind.split()
-    process, x, wanted = DDPM(1000, schedule, target), noise_source(2)(), []
+    """Single-step DPM-Solver++: diffusers' goes through a list of times, here ours with the middles (in log-SNR) between them. RFlow from t=0.999, as
+    diffusers' log-SNR at t=1 is -inf."""
+    schedule, target = kind.split() if kind != 'flow' else ('linear', 'v')
+    process, x, wanted = DDPM(1000, schedule, target) if kind != 'flow' else RFlow(), noise_source(2)(), []
     net, ts = network(process), process.times(n)
+    ts[0] = 0.999 if kind == 'flow' else ts[0]
     fine = torch.cat([torch.stack([t, between(t, u, process)]) for t, u in zip(ts[:-2], ts[1:-1])] + [ts[-2:]])
-    scheduler = DPMSolverSinglestepScheduler(1000, beta_schedule=SCHEDULES[schedule], prediction_type=TYPES[target], algorithm_type='dpmsolver++', solver_order=2,
-                                             solver_type='midpoint', final_sigmas_type='zero')
+    told = dict(prediction_type='flow_prediction', use_flow_sigmas=True) if kind == 'flow' else dict(beta_schedule=SCHEDULES[schedule], prediction_type=TYPES[target])
+    scheduler = DPMSolverSinglestepScheduler(1000, algorithm_type='dpmsolver++', solver_order=2, solver_type='midpoint', final_sigmas_type='zero', **told)
     scheduler.set_timesteps(2 * n - 1)
     assert scheduler.order_list == [1, 2] * (n - 1) + [1]
-    scheduler.sigmas, scheduler.timesteps = process.sigma(fine).double() / process.alpha(fine).double(), torch.arange(2 * n - 1)
+    sigmas = process.sigma(fine).double()                                  # diffusers' are sigma / alpha, but for flows
+    scheduler.sigmas, scheduler.timesteps = sigmas if kind == 'flow' else sigmas / process.alpha(fine).double(), torch.arange(2 * n - 1)
     states = trajectory(sample_dpmpp_2s, net, process, x, ts)
     for k, t in enumerate(fine[:-1]):
-        x = scheduler.step(net(x, t - 1 / 1000), scheduler.timesteps[k], x)[0]
+        x = scheduler.step(net(x, t if kind == 'flow' else t - 1 / 1000), scheduler.timesteps[k], x)[0]
         if k % 2 or k == 2 * n - 2:
             wanted.append(x)
     assert gap(states, wanted, f'{kind} {n}') < 1e-5
