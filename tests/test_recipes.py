@@ -213,6 +213,10 @@ def test_schedules_stay_exact_beside_bf16_weights():
     naive = torch.cumprod((1 - torch.linspace(1e-4, 2e-2, 1000)).bfloat16(), 0)
     assert int((naive == 1).sum()) == 94
     assert len((1 - torch.linspace(1e-4, 2e-2, 1000)).bfloat16().unique()) == 6                  # what a cast leaves of 1 - beta
+    wide = torch.arange(1000).float()
+    assert len(wide.bfloat16().unique()) == 507 and int((wide.bfloat16().float() != wide).nonzero()[0]) == 257      # and of whole times
+    seen = [common.time_embedding(1000 * t.float(), 64) for t in (torch.tensor([0.257]), torch.tensor([0.258]))]
+    assert seen[0].dtype == torch.float32 and not torch.equal(*seen)
     process = DDPM(1000, 'linear')
     t = torch.arange(1, 1001) / 1000
     assert (process.log_snr(t).diff() < 0).all() and (process.alpha(t).diff() < 0).all()
