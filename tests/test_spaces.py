@@ -397,6 +397,10 @@ def test_an_autoencoder_with_perceptual_loss(call, tmp_path, monkeypatch):
         ('base', []), ('little', ['--perceptual', 1e-30]), ('much', ['--perceptual', 1.0])))
     assert set(asked) == {(torch.Size([4, 1, 16, 16]),) * 2} and len(asked) == 8
     assert all(torch.equal(base[k], none[k]) for k in base) and any(not torch.equal(base[k], some[k]) for k in base)
+    all_three = call('bravo', tmp_path / 'all', '--vae', 2, '--perceptual', 1.0, '--gan', 0.5, '--gan-from', 0.25)          # L1, perceptual and GAN in one training
+    last = common.read_csv(all_three / 'log.csv')[-1]
+    assert len(asked) == 12 and math.isfinite(float(last['loss']))
+    assert any(not torch.equal(v, some[k]) for k, v in common.load_checkpoint(all_three)['net'].items())
 
 
 def test_perceptual_loss_sees_images():
