@@ -620,9 +620,10 @@ def plot_steps(path, traces, args, guidance):
     for t, h, good in traces:
         for b in range(t.shape[1]):
             there = h[:, b] > 0
-            asks = 3 * int(there.sum()) if args.pair != 'heun-euler' else int(there.sum() + (there & good[:, b]).sum())        # a refused step keeps its first slope
-            doubled = 1 + guidance.at(t[there, b]).double().mean().item()                             # guided steps ask twice
-            forwards.append((asks + 1) * doubled)
+            t_, h_, kept_ = (v[there, b] for v in (t, h, good))
+            more = [t_ - h_ / 2, t_ - h_ * 3 / 4] if args.pair != 'heun-euler' else [(t_ - h_)[kept_]]   # a refused step keeps its first slope
+            asked = torch.cat([t_[:1], t_ - h_, *more])
+            forwards.append(len(asked) + guidance.at(asked).sum().item())                              # where guided, it asks twice
             if len(curves) < 8:
                 kept, refused = there & good[:, b], there & ~good[:, b]
                 curves[f'image {len(curves)}'] = (t[kept, b].tolist(), h[kept, b].tolist())

@@ -183,18 +183,19 @@ def test_adaptive(make, runs, phantom, flags, capsys):
         assert np.abs(a - b).max() < 1e-3
 
 
+@pytest.mark.parametrize('guidance', [common.Guidance(), common.Guidance(2.0, (0.2, 0.7))], ids=['plain', 'guided'])
 @pytest.mark.parametrize('pair', [None, 'heun-euler'])
-def test_adaptive_cost_is_what_was_asked(pair, tmp_path, capsys):
-    """The printed forwards of one image are those that a counting network saw, refused steps among them."""
+def test_adaptive_cost_is_what_was_asked(pair, guidance, tmp_path, capsys):
+    """The printed forwards of one image are those that a counting network saw, refused steps among them; where it is guided, two."""
     trace, asked = [], []
 
     def denoise(x, t):
-        asked.append(t)
+        asked.extend([t] * (1 + int(guidance.at(torch.as_tensor(t)).any())))
         t = torch.as_tensor(t).reshape(-1, 1, 1, 1)
         x_0 = torch.tanh(40 * (x - 0.3)) * (1 - t)                                        # stiff: steps are refused
         return x_0, (x - (1 - t) * x_0) / t
     common.sample_adaptive(denoise, torch.full((1, 1, 2, 2), 0.31), [1.0, 0.0], common.RFlow(), tol=0.01, pair=pair or 'bs23', trace=trace)
-    sample.plot_steps(tmp_path / 's.png', [tuple(map(torch.stack, zip(*trace)))], argparse.Namespace(pair=pair, tol=0.01), common.Guidance())
+    sample.plot_steps(tmp_path / 's.png', [tuple(map(torch.stack, zip(*trace)))], argparse.Namespace(pair=pair, tol=0.01), guidance)
     assert not all(bool(good) for _, _, good in trace) and f'adaptive: {len(asked)}.0 forwards an image' in capsys.readouterr().out
 
 
