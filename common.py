@@ -1621,7 +1621,9 @@ def modulate(x, shift, scale):
 def wide(module, x):
     """module(x) of a Linear, or a Sequential of those and activations, in fp32 where its weights are bf16 (--dtype pure-bf16): 1 + scale loses what is below 2^-8 there."""
     for layer in module if isinstance(module, nn.Sequential) else (module,):
-        x = F.linear(x, layer.weight.float(), layer.bias.float()) if isinstance(layer, nn.Linear) and layer.weight.dtype == torch.bfloat16 else layer(x)
+        if isinstance(layer, nn.Linear):
+            w, b = (v if v.dtype != torch.bfloat16 else v.float() for v in (layer.weight, layer.bias))
+        x = F.linear(x, w, b) if isinstance(layer, nn.Linear) else layer(x)
     return x
 
 
@@ -1705,13 +1707,13 @@ class Mamba(nn.Module):
         u = F.silu(self.conv(u.transpose(1, 2).unflatten(2, grid))).flatten(2).transpose(1, 2)  # a view of channels_last both ways
         chosen = self.select(u).unflatten(-1, (self.directions, -1)).transpose(1, 2)
         with torch.autocast(x.device.type, enabled=False):
-            wide = torch.promote_types(u.dtype, torch.float32)
-            u, A = u.to(wide), -self.A_log.to(wide).exp()[:, None]
-            dt, b, c = cross_scan(chosen.to(wide), grid).split(self.sizes, -1)                  # (B, K, N, .)
-            dt = F.softplus(dt + self.dt_bias.to(wide)[:, None])
+            kind = torch.promote_types(u.dtype, torch.float32)
+            u, A = u.to(kind), -self.A_log.to(kind).exp()[:, None]
+            dt, b, c = cross_scan(chosen.to(kind), grid).split(self.sizes, -1)                  # (B, K, N, .)
+            dt = F.softplus(dt + self.dt_bias.to(kind)[:, None])
             heads = cross_scan(u[:, None].expand(-1, self.directions, -1, -1), grid).unflatten(-1, (len(self.D), -1))
             y = cross_merge(ssd(heads * dt[..., None], dt * A, b, c).flatten(-2), grid)
-            y = (y.unflatten(-1, (len(self.D), -1)) + self.D.to(wide)[:, None] * u.unflatten(-1, (len(self.D), -1))).flatten(-2)
+            y = (y.unflatten(-1, (len(self.D), -1)) + self.D.to(kind)[:, None] * u.unflatten(-1, (len(self.D), -1))).flatten(-2)
         return self.out(self.norm(y.to(z.dtype) * F.silu(z)))
 
 
@@ -2503,7 +2505,6 @@ def sample_adaptive(denoise, x, ts, process, noise=None, callback=None, tol=0.01
 
 SAMPLERS = {'ddpm': sample_ddpm, 'ddim': sample_ddim, 'euler': sample_euler, 'maisi': sample_maisi, 'heun': sample_heun, 'dpm++': sample_dpmpp,
             'dpm++2s': sample_dpmpp_2s, 'dpm++sde': sample_dpmpp_sde, 'adaptive': sample_adaptive}
-OFF_GRID = ('dpm++2s', 'adaptive')                # these ask at times between those of the grid
 
 
 def asked_times(sampler, ts, process):
@@ -2511,6 +2512,13 @@ def asked_times(sampler, ts, process):
     steps = list(zip(ts[:-1], ts[1:]))
     more = {'heun': lambda: ts[1:-1].tolist(), 'dpm++2s': lambda: [float(m) for m in (between(t, u, process) for t, u in steps) if m is not None]}
     return [float(t) for t in ts[:-1]] + more.get(sampler, list)()
+
+
+def note_off_grid(sampler, ts, process):
+    """Says so where a sampler asks the network at times that it was not trained on."""
+    N = process.steps
+    if N and (sampler == 'adaptive' or any(abs(t * N - round(t * N)) > 1e-3 for t in asked_times(sampler, ts, process))):
+        print0(f'note: {sampler} asks the network at times that it was not trained on, which are multiples of 1/{N}')
 
 
 def default_solver(args, sampler=None, steps=None):
@@ -3207,15 +3215,16 @@ def lr_find(train_step, net, opt, out, low=1e-6, high=1.0, steps=100):
     return valley
 
 
-def iters_for(minutes, train_step, net, opt, device, lr):
-    """How many steps fit into that time, by the median of 20 after 2 to warm up (other work for a moment moves no median), all undone. The same
-    number on every rank."""
+def iters_for(minutes, train_step, net, opt, device, lr, sizes=1):
+    """How many steps fit into that time, by the median of 20 after 2 to warm up (other work for a moment moves no median), all undone; of sizes that
+    take turns (--progressive) by the mean of their medians. The same number on every rank."""
     ends = []
     with rehearsal(net, opt):
         for i in range(22):
             float(train_step(i, lr)[0])
             ends.append(time.perf_counter())
-        seconds = torch.tensor([float(np.median(np.diff(ends[1:])))], device=device)
+        took = np.diff(ends[1:])
+        seconds = torch.tensor([float(np.mean([np.median(took[k::sizes]) for k in range(sizes)]))], device=device)
     if world() > 1:
         dist.broadcast(seconds, 0)
     iters = max(int(minutes * 60 / float(seconds)), 1)

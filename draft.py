@@ -199,9 +199,8 @@ def main(args):
     if max(abs(a - b) for a, b in zip(detector.box, run.box)) > 0.02:
         print0(f'note: the detector saw the brain box {detector.box}, the image model {run.box}; its verdict may not fit')
     name, steps, clip = default_solver(run.args, args.sampler, args.steps)
-    if name in OFF_GRID:
-        print0(f'note: {name} asks the network at times that it was not trained on')
     ts, process, net, size = run.process.times(steps, own=True), run.process, run.net, run.args.size
+    note_off_grid(name, ts, process)
     clip = clip and not process.space.about                                      # only pixels have bounds
     if run.args.sparse24 or getattr(run.args, 'prune_how', None) == 'weights':
         fail(f'--bravo {run.path}: has weights that are zero (--sparse24, --prune-how weights), which adapters would fill; repair the dense run it came from')

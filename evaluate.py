@@ -658,15 +658,19 @@ def dice(a, b):
         return 2 * (a & b).sum(1) / (a.sum(1) + b.sum(1))
 
 
+def times_from(run, at):
+    """The run's usual solver times from the last that is <= at on. Fails where those are fewer than two steps."""
+    ts = run.process.times(default_solver(run.args)[1], own=True)
+    left = ts[ts <= at] if at < 1 else ts
+    if len(left) < 3:
+        fail(f'--at {at:g}: leaves {len(left) - 1} of the run\'s {len(ts) - 1} steps; take a larger one')
+    return left
+
+
 def redraw(run, images, masks, levels, at, seed, device):
     """SDEdit (Meng 2022, 2108.01073): images (N,1,S,S) noised to the run's last solver time <= at, and drawn on from there for masks (N,1,S,S).
     The noise is that of the image's number, whatever the mask. Returns (N,1,S,S) in [-1,1]."""
-    sampler, steps, clip = default_solver(run.args)
-    process, parts = run.process, []
-    ts = process.times(steps, own=True)
-    ts = ts[ts <= at] if at < 1 else ts
-    if len(ts) < 3:
-        fail(f'--at {at:g}: leaves {len(ts) - 1} of the run\'s {steps} steps; take a larger one')
+    (sampler, _, clip), process, parts, ts = default_solver(run.args), run.process, [], times_from(run, at)
     for i in range(0, len(images), 32):
         x_0, mask = process.to_range(torch.tensor(images[i:i + 32]).to(device)), torch.tensor(masks[i:i + 32]).float().to(device)
         sources = [generator(seed, 'redraw', k) for k in range(i, i + len(x_0))]
@@ -683,13 +687,12 @@ def back_again(args, run, real, test, found, patients, edges, device):
     """image -> mask -> image: real test images with tumour, drawn on from --at with the mask that the segmenter found, their own (the ceiling), another
     patient's, and none. Mean absolute error in the tumour, by size of its lesions, and in the head beyond RING pixels around it, where SSIM is taken too.
     patients, edges: of the images, and the thirds of the lesions' sizes. Writes back.csv and back.png."""
-    out, rows = Path(args.out), np.array([k for k, i in enumerate(test) if real.table[i]['tumour']])
-    images, own, who = real.images[test[rows]], real.masks[test[rows]], patients[rows]
+    out, images, own, who = Path(args.out), real.images[test], real.masks[test], patients
     g = generator(args.seed, 'another')
     others = [np.flatnonzero(who != p) for p in who]
     other = own[[int(o[torch.randint(len(o), (1,), generator=g)]) for o in others]]
-    kinds = {'the mask found': found[rows][:, None].astype(own.dtype), 'its own': own, "another patient's": other, 'no tumour': np.zeros_like(own)}
-    levels = [real.table[i]['level'] for i in test[rows]]
+    kinds = {'the mask found': found[:, None].astype(own.dtype), 'its own': own, "another patient's": other, 'no tumour': np.zeros_like(own)}
+    levels = [real.table[i]['level'] for i in test]
     drawn = {k: redraw(run, images, m, levels, args.at, args.seed, device) for k, m in kinds.items()}
     rest = np.stack([head_mask(x)[0] & ~around(m[0] > 0, RING) for x, m in zip(images, own)])
     lesions_of = []
@@ -706,18 +709,18 @@ def back_again(args, run, real, test, found, patients, edges, device):
         ssim = [v[w].mean() if w.any() else math.nan for v, w in zip((luminance * structure)[:, 0].numpy(), rest[:, 5:-5, 5:-5])]
         values[k] = np.column_stack([[e[i][own[i, 0] > 0].mean() for i in range(len(e))], sized, [e[i][rest[i]].mean() for i in range(len(e))], ssim])
     mean = lambda v, i: [np.nanmean(c) if np.isfinite(c).any() else math.nan for c in v[i].T]
-    draws = [draw(np.arange(len(rows)), who, generator(args.seed, 'back', k), True) for k in range(args.repeats)]
+    draws = [draw(np.arange(len(test)), who, generator(args.seed, 'back', k), True) for k in range(args.repeats)]
     table, first = [], values['the mask found']
     for m, name in enumerate(names):
         for k, v in values.items():
             points = [mean(f, slice(None))[m] for f in (v, first - v)]
             bounds = [centred(p, [mean(f, i)[m] for i in draws]) for p, f in zip(points, (v, first - v))]
             table.append([name, k, points[0], *bounds[0], points[1], *bounds[1]])
-    write_csv(out / 'back.csv', ['metric', 'drawn for', 'value', 'low', 'high', 'found - this', 'low', 'high'], table)
-    print0(f'image -> mask -> image: {len(rows)} real test images with tumour, drawn on from t = {args.at:g}; means, 95 % over patients')
+    write_csv(out / 'back.csv', ['metric', 'drawn for', 'value', 'low', 'high', 'found - this', 'found - this, low', 'found - this, high'], table)
+    print0(f'image -> mask -> image: {len(test)} real test images with tumour, drawn on from t = {args.at:g}; means, 95 % over patients')
     print_table(['metric', 'drawn for', 'value', 'the mask found less this'],
                 [[r[0], r[1], f'{r[2]:.4f} [{r[3]:.4f}, {r[4]:.4f}]', '' if r[1] == 'the mask found' else f'{r[5]:+.4f} [{r[6]:+.4f}, {r[7]:+.4f}]'] for r in table])
-    show, zoom = np.linspace(0, len(rows), 6, endpoint=False).astype(int), max(1, 128 // images.shape[-1])
+    show, zoom = np.linspace(0, len(test), 6, endpoint=False).astype(int), max(1, 128 // images.shape[-1])
     save_grid(out / 'back.png', [[outline(images[i, 0], own[i, 0], zoom=zoom) for i in show],
                                  *([outline(y[i, 0], kinds[k][i, 0], (80, 220, 90), zoom) for i in show] for k, y in drawn.items())], ['real', *drawn], zoom)
 
@@ -733,6 +736,8 @@ def cycle(args):
     if run and (run.hash != made['bravo'] or run.args.volume or getattr(run.args, 'dual', None) or run.args.neighbours):
         fail(f'--bravo {args.bravo}: ' + ('makes volumes or pairs, or sees neighbours; image -> mask -> image is for single slices' if run.hash == made['bravo'] else
                                           f'is not the run that made {args.fake}, or not with these weights'))
+    if run:
+        times_from(run, args.at)
     fake = load_slices([args.fake], made['pixels'], cache=args.cache, training=False)
     real = real_like(args, made, parts=('judge', 'test'))
     judged = {p for p, part in zip((r['patient'] for r in real.table), real.part) if part == 'judge'} & {r['source'] for r in fake.table}
@@ -761,7 +766,7 @@ def cycle(args):
             shuffled[i] = dice(found[np.full(len(others), i)], masks[others]).mean()
     contrast = np.full(len(images), math.nan)                            # a mask that is found because what is drawn there shines is no success
     for i in np.flatnonzero(masks.any((1, 2))):
-        ring = around(masks[i] > 0, RING) & (masks[i] == 0)
+        ring = around(masks[i] > 0, RING) & (masks[i] == 0) & head_mask(images[i])[0]
         contrast[i] = images[i, 0][masks[i] > 0].mean() - images[i, 0][ring].mean() if ring.any() else math.nan
     pieces, false = [], np.zeros(len(images))
     diameter = lambda pixels: math.sqrt(4 * pixels.sum() / math.pi)
@@ -1759,7 +1764,7 @@ def compare_slices(args, template, done, state, save):
 
     rows = read_csv(Path(args.fake) / 'manifest.csv')
     rows = [rows[i] for i in torch.randperm(len(rows), generator=generator(args.seed, 'atlas')).tolist()[:args.n]]
-    table, who, how = [], [], Counter()
+    table, who, how, levels = [], [], Counter(), {}
     for r in progress(rows, 'slices'):
         folder = Path(args.fake) / r['folder']
         mask, spacing = read_nifti(folder / 'seg.nii.gz')
@@ -1776,11 +1781,13 @@ def compare_slices(args, template, done, state, save):
                 matrix, points = geometry(source, int(z))
             else:
                 how['by search'] += 1
-                if r['folder'] not in state['fakes']:
+                key = hashlib.sha256((folder / 'bravo.nii.gz').read_bytes()).hexdigest()[:16]           # another set has folders of the same names
+                if key not in state['fakes']:
                     matrix, _, *level = search(template, image, spacing)
-                    state['fakes'][r['folder']] = dict(matrix=matrix.tolist(), **dict(zip(('z', 'z_low', 'z_high'), (v + template.floor for v in level))))
+                    state['fakes'][key] = dict(matrix=matrix.tolist(), **dict(zip(('z', 'z_low', 'z_high'), (v + template.floor for v in level))))
                     save()
-                matrix, points = torch.tensor(state['fakes'][r['folder']]['matrix']), plane((0, 0, S, S), (S, S), spacing, 0)
+                levels[r['folder']] = state['fakes'][key]
+                matrix, points = torch.tensor(state['fakes'][key]['matrix']), plane((0, 0, S, S), (S, S), spacing, 0)
             labels = grow_labels(labels_at(template, matrix, points, (S, S))[None], spacing[1:])
             table.append([slice_nmi(image[0], template, matrix, points), *tumour_counts(mask, labels)])
         who.append(f'fake:{r["source_patient"] or r["folder"]}')
@@ -1802,7 +1809,7 @@ def compare_slices(args, template, done, state, save):
     draws = [[measure(draw(i, who, generator(args.seed, 'atlas', k, side), True)) for side, i in enumerate(sides)] for k in range(args.repeats)]
     report(out, intervals(list(points[0]), points, draws), dict(fake=args.fake, slices=n, placed=dict(how), real_slices=len(real.table), nmi_cut=float(cut)))
     write_csv(out / 'slices.csv', ['folder', 'nmi', 'tumour', 'in_ventricles', 'outside_brain', 'z', 'z_low', 'z_high'],
-              [[r['folder'], *t, *(state['fakes'].get(r['folder'], {}).get(k, '') for k in ('z', 'z_low', 'z_high'))] for r, t in zip(rows, table[:n].tolist())])
+              [[r['folder'], *t, *(levels.get(r['folder'], {}).get(k, '') for k in ('z', 'z_low', 'z_high'))] for r, t in zip(rows, table[:n].tolist())])
     print0(f'placed: {", ".join(f"{k} {v}" for v, k in how.items())}; real beside: {len(real.table)} slices of {len(by_patient)} patients')
 
 

@@ -248,7 +248,7 @@ def write_pairs(args, run, conditions, out):
             some, start = ids[i:i + args.batch_size], []
             mask, level, about = conditions(some)
             x_0 = draw(run, args, [(i,) for i in some], 'image', args.steps, mask, level, lambda i, t, x_t, x_0: start or start.append(x_t.cpu()))
-            guidance = np.tile(np.float32([args.cfg, *args.cfg_interval, args.cfg_rescale]), (len(some), 1))
+            guidance = np.tile(np.float32([args.cfg, *args.cfg_interval, args.cfg_rescale] if args.cfg != 1 else [1, 0, 1, 0]), (len(some), 1))
             parts.append((start[0].numpy(), x_0.cpu().numpy(), np.uint8(mask.cpu().numpy()), level.numpy(), np.array(some),
                           np.array([a[0] for a in about]), guidance))
         buffer = io.BytesIO()
@@ -267,7 +267,7 @@ def write_pairs(args, run, conditions, out):
 
 
 def read_steps(args, run):
-    """Solver times from a file of --learn-steps. Fails when they are no falling times; says when they are another model's."""
+    """Solver times from a file of --learn-steps. Fails when they are no falling times."""
     try:
         told = json.loads(Path(args.steps_file).read_text())
         ts = torch.tensor(told['times'], dtype=torch.float32)
@@ -276,13 +276,15 @@ def read_steps(args, run):
         good = False
     if not good:
         fail(f'--steps-file {args.steps_file}: expected a JSON with "times" that fall from 1 to 0, as --learn-steps writes it')
+    return ts
+
+
+def note_steps(args, run):
+    """Says what differs where --steps-file was learned for another model, or other guidance."""
+    told = json.loads(Path(args.steps_file).read_text())
     differ = [f'{k} {told.get(k)}, now {v}' for k, v in learned_for(args, run).items() if told.get(k) != v]
     if differ:
         print0(f'note: {args.steps_file} was learned for {"; ".join(differ)}')
-    N = run.process.steps
-    if N and (ts * N - (ts * N).round()).abs().max() > 1e-3:
-        print0(f'note: {args.steps_file} asks the network at times that it was not trained on, which are multiples of 1/{N}')
-    return ts
 
 
 def read_requests(args, run):
@@ -780,8 +782,9 @@ def main(args):
     judge = Judge(args, main_run, device)
     masks = Masks(args, main_run, names, any(r.args.slice_level for r in runs.values()))
     name, ts, _ = solver(main_run, args, args.steps if args.bravo else args.seg_steps)
-    if name in OFF_GRID:
-        print0(f'note: {name} asks the network at times that it was not trained on')
+    note_off_grid(name, ts, main_run.process)
+    if args.steps_file:
+        note_steps(args, main_run)
     if args.save_at:
         keep_steps(args.save_at, ts, [], None)                                         # fails now, not after the first batch
 

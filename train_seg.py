@@ -229,7 +229,7 @@ def main(args):
     if args.lr_find and not state:
         lr_find(train_step, net, opt, out)
     if args.iters is None:
-        args.iters = iters_for(args.minutes, train_step, net, opt, device, args.lr)
+        args.iters = iters_for(args.minutes, train_step, net, opt, device, args.lr, len(args.progressive or (0,)))
     if not state:
         losses.sums.zero_()                                                  # the steps above were undone
     sample_every = args.sample_every or max(args.iters // 4, 1)

@@ -427,7 +427,11 @@ def test_image_to_mask_to_image(tmp_path, capsys):
     images = np.where(disc(14, 16, 16, 32), 0.5, -1.0)[None, None].repeat(4, 0).astype(np.float32) + 0.01 * torch.randn(4, 1, 32, 32, generator=g).numpy()
     drawn = evaluate.redraw(run, images, masks, [0.5] * 4, 0.6, 0, 'cpu')
     assert np.abs(drawn - masks).max() < 1e-5
-    np.testing.assert_array_equal(drawn[2:], evaluate.redraw(run, images, masks, [0.5] * 4, 0.6, 0, 'cpu')[2:])
+    keep = types.SimpleNamespace(**{**vars(run), 'net': lambda x, t, context=None, extra=None: 0.5 * x[:, :1]})      # keeps some of the noise
+    again = [evaluate.redraw(keep, images[k], masks[::-1].copy()[k], [0.5] * 4, 0.6, seed, 'cpu') for k, seed in ((slice(None), 0), (slice(3), 0), (slice(None), 1))]
+    np.testing.assert_allclose(again[0][:3], again[1], rtol=0, atol=1e-6)                                                    # by number, whatever the batch and mask
+    np.testing.assert_array_equal(again[0], evaluate.redraw(keep, images, masks, [0.5] * 4, 0.6, 0, 'cpu'))
+    assert np.abs(again[0] - again[2]).max() > 0.1
     real = types.SimpleNamespace(images=images, masks=masks, table=[dict(tumour=1, level=0.5)] * 4)
     args = types.SimpleNamespace(out=tmp_path, seed=0, at=0.6, repeats=20)
     evaluate.back_again(args, run, real, np.arange(4), masks[:, 0] > 0, np.array(list('abcd')), (5.0, 9.0), 'cpu')

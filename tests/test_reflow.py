@@ -103,8 +103,11 @@ def test_guided_pairs(pairs, call, trained, phantom, tmp_path, capsys):
     assert '--cfg 3 from 0.1 to 0.8, rescale 0.5' in capsys.readouterr().out
     train_bravo.read_pairs(pairs, 16, None)
     assert 'guided' not in capsys.readouterr().out
-    call('sample', tmp_path / 'off', '--bravo', trained / 'bravo', '--data', phantom, '--pairs', '--n', 2, '--steps', 2, '--sampler', 'dpm++2s')
-    assert 'note: dpm++2s asks the network at times that it was not trained on' in capsys.readouterr().out
+    gridded = call('bravo', tmp_path / 'gridded', '--rflow', '--steps', 100, '--iters', 1)
+    for run, said in ((gridded, True), (trained / 'bravo', False)):                                     # the other was trained on all times
+        capsys.readouterr()
+        call('sample', tmp_path / f'off{said}', '--bravo', run, '--data', phantom, '--pairs', '--n', 2, '--steps', 4, '--sampler', 'dpm++2s')
+        assert ('note: dpm++2s asks the network at times that it was not trained on' in capsys.readouterr().out) == said
 
 
 def test_pairs_keep_their_box(pairs, call, trained, phantom, tmp_path):

@@ -176,7 +176,7 @@ def test_adaptive(make, runs, phantom, flags, capsys):
     """The adaptive solver leaves its picture and says what it cost; an image does not depend on its batch."""
     out, rows = make('a', '--data', phantom, '--bravo', runs / 'bravo', '--sampler', 'adaptive', *flags)
     said = capsys.readouterr().out
-    assert 'forwards an image' in said and 'not trained on' in said and (out / 'steps.png').stat().st_size > 1000
+    assert 'forwards an image' in said and (out / 'steps.png').stat().st_size > 1000
     alone, _ = make('b', '--data', phantom, '--bravo', runs / 'bravo', '--sampler', 'adaptive', *flags, '--batch-size', 1)
     for r in rows:
         a, b = (read_nifti(o / r['folder'] / 'bravo.nii.gz')[0] for o in (out, alone))
