@@ -253,7 +253,7 @@ def release(args):
     half = {k: v.half() for k, v in state['ema'].items()}
     worst = max(float((half[k].float() - v).abs().max() / v.abs().max().clamp(min=1e-12)) for k, v in state['ema'].items())
     flags = {k: [Path(v).name for v in x] if k == 'data' and x else Path(x).name if isinstance(x, str) and '/' in x else x for k, x in state['args'].items()}
-    keep = {k: state[k] for k in ('step', 'box', 'spacing', 'in_channels', 'out_channels', 'extra_dim', 'loss_by_t', 'space', 'seen') if k in state}
+    keep = {k: state[k] for k in ('step', 'box', 'spacing', 'in_channels', 'out_channels', 'extra_dim', 'loss_by_t', 'space', 'seen', 'levels') if k in state}
     if 'weights' in (keep.get('space') or {}):                                            # of the autoencoder
         keep['space'] = {**keep['space'], 'weights': {k: v.half() for k, v in keep['space']['weights'].items()}}
     buffer = io.BytesIO()

@@ -3266,6 +3266,11 @@ def dry_run(net, train_step, opt, args):
            f'{seconds:.3f} s a step, {iters} steps in {iters * seconds / 60:.1f} minutes. Nothing was trained')
 
 
+def quantiles(values, n=101):
+    """n evenly spaced quantiles of values (N,), a list: their distribution in short."""
+    return np.quantile(np.asarray(values, float), np.linspace(0, 1, n)).tolist()
+
+
 def batch_rows(n, batch, step, seed):
     """Which of n rows make the batch of a step: epochs of seeded permutations, end to end. A function of the step alone."""
     at = np.arange(step * batch, (step + 1) * batch)
@@ -3500,7 +3505,7 @@ def load_init(net, args):
 
 
 def load_run(path, device='cpu', dtype='fp32', weights='ema'):
-    """A trained network for any script: net (eval), process, args, step, box, spacing, hash. path: run folder or checkpoint.
+    """A trained network for any script: net (eval), process, args, step, box, spacing, levels, hash. path: run folder or checkpoint.
 
     weights: ema, raw, or a number: that far from raw (0) to ema (1), the LoRA scale of a run of draft.py. spacing: median pixel (y, x),
     of a volume (z, y, x), in mm of the training slices. hash: of the weights, for manifests. seen: patients_seen, none: it does not say.
@@ -3523,7 +3528,7 @@ def load_run(path, device='cpu', dtype='fp32', weights='ema'):
     process.space = Space(state.get('space'), args.volume, state['out_channels']).to(device)
     return argparse.Namespace(net=channels_last(net.to(device)).eval(), process=process,
                               args=args, step=state['step'], box=tuple(state['box']), spacing=tuple(state['spacing']),
-                              hash=weights_hash(tensors), path=str(path), seen=state.get('seen'))
+                              hash=weights_hash(tensors), path=str(path), seen=state.get('seen'), levels=state.get('levels'))
 
 
 def checked(recent, done, args):

@@ -30,7 +30,7 @@ def get_args(argv=None):
     g.add_argument('--part', choices=tuple(PARTS), help='which patients of --data; none: train')
     g.add_argument('--split', metavar='FILE', help='CSV patient,part instead of the split by name, with --data')
     g.add_argument('--empty-slices', type=number(float, 0, 1), help='share of masks without tumour, with --data; none: 0.2')
-    g.add_argument('--slice-level', type=number(float, 0, 1), help='level for models that know it; none: the mask\'s own, or drawn')
+    g.add_argument('--slice-level', type=number(float, 0, 1), help='level for models that know it; none: the mask\'s own, or drawn as training slices have them')
     g.add_argument('--n', type=number(int, 1), help='number of patients; none: 16')
     g.add_argument('--per-patient', type=number(int, 1), metavar='K', help='instead of --n: K images for each patient of --data, on masks of that patient in turn')
     g.add_argument('--mc', type=number(int, 2), metavar='K', help='draw K images for each mask; beside the first, write their mean and standard deviation')
@@ -374,7 +374,7 @@ def draw(run, args, keys, what, steps, mask=None, level=None, callback=None, req
 class Masks:
     """Mask number i, its slice level and where it comes from: (S,S) or (depth,S,S) uint8, level, source patient, condition, spacing.
 
-    groups: lists of masks, each used in turn: one, or with --per-patient (which sets --n) one for each patient; with --stack the slices
+    levels: quantiles of the levels to draw where a mask knows none; none: no network is told any. groups: lists of masks, each used in turn: one, or with --per-patient (which sets --n) one for each patient; with --stack the slices
     of each volume, from the lowest up, whose spacing is then (z, y, x).
     """
 
@@ -421,10 +421,13 @@ class Masks:
         return mask, self.level(i) if level is None or self.args.slice_level is not None else level, *about
 
     def level(self, i):
-        """The level asked for, or one drawn for image i; nan where no network is told any."""
+        """The level asked for, or one drawn for image i as the training slices have them; nan where no network is told any."""
         if not self.levels:
             return math.nan
-        return self.args.slice_level if self.args.slice_level is not None else float(torch.rand((), generator=generator(self.args.seed, 'level', i)))
+        if self.args.slice_level is not None:
+            return self.args.slice_level
+        u = float(torch.rand((), generator=generator(self.args.seed, 'level', i)))
+        return float(np.interp(u, np.linspace(0, 1, len(self.levels)), self.levels))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -780,7 +783,8 @@ def main(args):
     if judged < 0 and (args.gate or args.reject_copies):
         fail(f'--gate and --reject-copies judge bravo images; {main_run.path} makes {" and ".join(names)}')
     judge = Judge(args, main_run, device)
-    masks = Masks(args, main_run, names, any(r.args.slice_level for r in runs.values()))
+    told = [r.levels or [0.0, 1.0] for r in reversed(list(runs.values())) if r.args.slice_level]       # older runs do not say
+    masks = Masks(args, main_run, names, told[-1] if told else None)
     name, ts, _ = solver(main_run, args, args.steps if args.bravo else args.seg_steps)
     note_off_grid(name, ts, main_run.process)
     if args.steps_file:

@@ -613,6 +613,7 @@ def main(args):
     pairs = read_pairs(args.reflow, args.size, args.split, space) if args.reflow else None
     rows = np.arange(len(pairs.image)) if pairs else rows
     level = torch.tensor([r['level'] for r in data.table])
+    levels = quantiles(level[rows]) if args.slice_level else None            # sample.py draws levels like these for masks that know none
     lower = below(data.table, args.neighbours)
     seen = patients_seen(data, state, args.init, args.latent, sets=[args.reflow])
     print0(f'training on {len(rows)} {"pairs" if pairs else "volumes" if args.volume else "slices"}, held out {len(val)}')
@@ -780,7 +781,7 @@ def main(args):
                                       step=step, args=plain(args), box=list(data.box), spacing=list(spacing),
                                       in_channels=net.in_channels, out_channels=space.channels,
                                       extra_dim=int(args.slice_level), loss_by_t=losses.sums.cpu(), seen=seen, space=space.about,
-                                      curriculum=curriculum.state), args.keep_every)
+                                      levels=levels, curriculum=curriculum.state), args.keep_every)
             losses.write(out / 'loss_by_t.csv')
 
     if rank() == 0:

@@ -102,6 +102,7 @@ def main(args):
     if not len(rows):
         fail(f'--data {" ".join(map(str, roots))}: no slice of a training patient; see --split')
     level = torch.tensor([r['level'] for r in data.table])
+    levels = quantiles(level[rows]) if args.slice_level else None            # sample.py asks for levels as they come here
     seen = patients_seen(data, state, args.init)
     print0(f'training on {len(rows)} {"volumes" if args.volume else "slices"}, held out {len(val)}')
     plausible = {s: plausibility(sets[s], rows, atlas) for s in sizes} if args.anatomy else {}
@@ -241,7 +242,7 @@ def main(args):
             save_checkpoint(out, dict(net=net.state_dict(), ema=ema.net.state_dict(), ema_updates=ema.updates, opt=opt.state_dict(),
                                       step=step, args=plain(args), box=list(data.box), spacing=list(spacing), in_channels=net.in_channels,
                                       out_channels=1, extra_dim=int(args.slice_level), loss_by_t=losses.sums.cpu(), seen=seen,
-                                      curriculum=curriculum.state), args.keep_every)
+                                      levels=levels, curriculum=curriculum.state), args.keep_every)
             losses.write(out / 'loss_by_t.csv')
 
     if rank() == 0:

@@ -47,10 +47,26 @@ def test_new_masks_new_images(make, runs):
     assert rows[0]['bravo'] == common.load_run(runs / 'bravo').hash and rows[0]['seg'] == common.load_run(runs / 'seg').hash
     data = common.load_slices([out], 16, cache=out.parent / 'c')
     assert data.part == ['train'] * 3 and [r['tumour'] for r in data.table] == [int(r['tumour_pixels']) for r in rows]
-    assert np.abs(data.images).max() <= 1 and len({float(r['level']) for r in rows}) == 3
+    assert np.abs(data.images).max() <= 1 and len({r['level'] for r in rows}) > 1
     assert Image.open(out / 'grid.png').size[0] > 300 and (out / 'syn_0_000002/preview.png').exists()
     spacing = common.load_run(runs / 'bravo').spacing
     assert np.allclose(read_nifti(out / 'syn_0_000000/bravo.nii.gz')[1][1:], spacing, rtol=1e-4)
+
+
+def test_levels_are_drawn_as_the_training_slices_have_them(make, runs, tmp_path):
+    """A run that knows levels keeps their quantiles, also released; a drawn level is one of that distribution. An older run's are drawn evenly."""
+    run, u = common.load_run(runs / 'seg'), [float(torch.rand((), generator=common.generator(0, 'level', i))) for i in range(3)]
+    data = common.load_slices(run.args.data, 16, cache=runs / 'cache')
+    trained = [data.table[i]['level'] for i in data.rows('train', 0.2, 0)]
+    assert run.levels == pytest.approx(np.quantile(trained, np.linspace(0, 1, 101)).tolist()) and common.load_run(runs / 'ddpm').levels is None
+    drawn = lambda name, seg: [float(r['level']) for r in make(name, '--seg', seg, '--seg-steps', 1)[1]]
+    assert drawn('a', runs / 'seg') == pytest.approx(np.quantile(trained, u), abs=0.02)
+    analysis.release(argparse.Namespace(run=str(runs / 'seg'), file=str(tmp_path / 'seg.pt')))
+    assert common.load_run(tmp_path / 'seg.pt').levels == run.levels
+    state = common.load_checkpoint(runs / 'seg')
+    del state['levels']
+    torch.save(state, tmp_path / 'old.pt')
+    assert drawn('b', tmp_path / 'old.pt') == pytest.approx(u, abs=1e-4)
 
 
 def test_ema_unless_asked_and_what_it_cost(make, runs, phantom, capsys):
