@@ -658,6 +658,11 @@ def dice(a, b):
         return 2 * (a & b).sum(1) / (a.sum(1) + b.sum(1))
 
 
+def diameter(pixels):
+    """Of the disc with as many pixels as a mask has."""
+    return math.sqrt(4 * pixels.sum() / math.pi)
+
+
 def times_from(run, at):
     """The run's usual solver times from the last that is <= at on. Fails where those are fewer than two steps."""
     ts = run.process.times(default_solver(run.args)[1], own=True)
@@ -698,7 +703,7 @@ def back_again(args, run, real, test, found, patients, edges, device):
     lesions_of = []
     for m in own[:, 0]:
         labels, n = components(m)
-        lesions_of.append([(int(np.digitize(math.sqrt(4 * (labels == k).sum() / math.pi), edges)), labels == k) for k in range(1, n + 1)])
+        lesions_of.append([(int(np.digitize(diameter(labels == k), edges)), labels == k) for k in range(1, n + 1)])
     names = ['error in the tumour', *(f'error in its lesions {n}' for n in (f'below {edges[0]:.1f} pixels', f'to {edges[1]:.1f}', 'above')),
              'error in the rest of the head', 'SSIM of the rest of the head']
     values = {}                                                                                        # of each kind (N, metrics); nan: nothing of that size
@@ -769,7 +774,6 @@ def cycle(args):
         ring = around(masks[i] > 0, RING) & (masks[i] == 0) & head_mask(images[i])[0]
         contrast[i] = images[i, 0][masks[i] > 0].mean() - images[i, 0][ring].mean() if ring.any() else math.nan
     pieces, false = [], np.zeros(len(images))
-    diameter = lambda pixels: math.sqrt(4 * pixels.sum() / math.pi)
     for i, mask in enumerate(masks):
         labels, n = components(mask)
         pieces += [(i, diameter(labels == k), found[i][labels == k].any()) for k in range(1, n + 1)]

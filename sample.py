@@ -374,8 +374,9 @@ def draw(run, args, keys, what, steps, mask=None, level=None, callback=None, req
 class Masks:
     """Mask number i, its slice level and where it comes from: (S,S) or (depth,S,S) uint8, level, source patient, condition, spacing.
 
-    levels: quantiles of the levels to draw where a mask knows none; none: no network is told any. groups: lists of masks, each used in turn: one, or with --per-patient (which sets --n) one for each patient; with --stack the slices
-    of each volume, from the lowest up, whose spacing is then (z, y, x).
+    levels: quantiles of the levels to draw where a mask knows none; none: no network is told any. groups: lists of masks, each used in
+    turn: one, or with --per-patient (which sets --n) one for each patient; with --stack the slices of each volume, from the lowest up,
+    whose spacing is then (z, y, x).
     """
 
     def __init__(self, args, run, names, levels):
@@ -783,8 +784,8 @@ def main(args):
     if judged < 0 and (args.gate or args.reject_copies):
         fail(f'--gate and --reject-copies judge bravo images; {main_run.path} makes {" and ".join(names)}')
     judge = Judge(args, main_run, device)
-    told = [r.levels or [0.0, 1.0] for r in reversed(list(runs.values())) if r.args.slice_level]       # older runs do not say
-    masks = Masks(args, main_run, names, told[-1] if told else None)
+    levels = next((r.levels or [0.0, 1.0] for r in runs.values() if r.args.slice_level), None)         # the mask model's first; older runs do not say
+    masks = Masks(args, main_run, names, levels)
     name, ts, _ = solver(main_run, args, args.steps if args.bravo else args.seg_steps)
     note_off_grid(name, ts, main_run.process)
     if args.steps_file:
