@@ -628,11 +628,10 @@ def tumour_rows(run, args):
     return data.images[rows][:, 0], torch.tensor(data.masks[rows]).float(), torch.tensor([data.table[i]['level'] for i in rows])
 
 
-def denoiser(run, mask, level, context=None):
-    """The denoise closure of a run for masks (B,1,S,S) or None, in fp32 and without guidance."""
-    if mask is not None:
-        none = mask.new_zeros(len(mask), run.args.neighbours, *mask.shape[2:]) if run.args.neighbours else None
-        mask = mask_condition(mask, run.args.p_uncond, near=none)
+def denoiser(run, mask, level):
+    """The denoise closure of a run for masks (B,1,S,S), or of a mask model for the requests that they fulfil, in fp32 and without guidance."""
+    context, none = request_tokens(mask, run.args), mask.new_zeros(len(mask), run.args.neighbours, *mask.shape[2:]) if run.args.neighbours else None
+    mask = mask_condition(mask, run.args.p_uncond, near=none) if run.args.script == 'bravo' else None
     clip = default_solver(run.args)[2] and not run.process.space.about
     return make_denoise(run.net, run.process, mask, context, level[:, None] if run.args.slice_level else None, clip=clip)
 
@@ -700,10 +699,9 @@ def attention_maps(args):
     if run.process.space.factor[0] != run.process.space.factor[1]:
         fail(f'{args.run}: acts on latents that are not square; give a run on pixels, bands or square latents')
     _, mask, level = tumour_rows(run, args)
-    requests = [lesion_records(m) for m in mask[:, 0].numpy()] if run.args.controllable else None
-    context = lesion_tokens(requests).to(device) if requests else None
+    asked = [len(lesion_records(m)) for m in mask[:, 0].numpy()]
     mask, level = mask.to(device), level.to(device)
-    denoise, states = denoiser(run, mask if bravo else None, level, context), []
+    denoise, states = denoiser(run, mask, level), []
     x_0 = walk(run, denoise, [(args.seed, 'image', i) for i in range(args.n)], device, None, lambda i, t, x, _: states.append((t, x)))
     kept = [states[i] for i in sorted({min(range(len(states)), key=lambda i: abs(states[i][0] - t)) for t in args.times})]
     images = run.process.from_range(x_0).clamp(-1, 1)[:, 0].cpu().numpy()
@@ -718,7 +716,7 @@ def attention_maps(args):
         N = (size // run.process.space.factor[0] // net.patch) ** 2 if joint else q.shape[2]
         parts = [('requests', k.shape[2])] if cross else [('image', N)]
         if joint:
-            parts = [*([('mask', N)] if net.embed_mask is not None else []), *([('requests', context.shape[1])] if context is not None else []), *parts]
+            parts = [*([('mask', N)] if net.embed_mask is not None else []), *([('requests', 1 + LESIONS)] if run.args.controllable else []), *parts]
         for b in use:
             R = F.adaptive_max_pool2d(region[b], math.isqrt(N))[0].cpu() > 0
             R, M = R.flatten().numpy(), (R.flip(1) & ~R).flatten().numpy()
@@ -727,13 +725,13 @@ def attention_maps(args):
             A[rows] = attention_rows(q[b], k[b], keys, torch.as_tensor(rows + q.shape[2] - N, device=q.device)).mean(0).cpu().numpy()
             start = 0
             for kind, n in parts:
-                target = np.isin(np.arange(n), np.arange(1, 1 + len(requests[b]))) if kind == 'requests' else None
+                target = np.isin(np.arange(n), np.arange(1, 1 + asked[b])) if kind == 'requests' else None
                 seen = looks(A, R, M, start, n, k.shape[2] if keys is None else int(keys.sum()), target)
                 found.append(dict(seen, t=t_now, layer=layer, to=kind, image=b))
                 start += n
 
     changes = []
-    away = [denoiser(run, m, level, context) for m in (torch.zeros_like(mask), mask.flip(3))] if bravo else ()
+    away = [denoiser(run, m, level) for m in (torch.zeros_like(mask), mask.flip(3))] if bravo else ()
     for t, x in kept:
         t_now = round(t, 6)
         with watching(net, see):

@@ -523,7 +523,7 @@ LESIONS, TOKEN = 10, 40         # lesions that a request can hold; length of a t
 
 
 def lesion_tokens(requests, hide=None):
-    """Requests for masks as a set of tokens (B, 1 + LESIONS, TOKEN), the context of train_seg.py --controllable.
+    """Requests for masks as a set of tokens (B, 1 + LESIONS, TOKEN), the context of --controllable.
 
     A request is an array (n,3) of diameter, x, y as lesion_records gives them, nan where anything will do, or None: no request
     at all, the null of guidance. hide (B, LESIONS, 2): whose diameter, whose place training leaves out, so that a request may.
@@ -546,6 +546,15 @@ def lesion_tokens(requests, hide=None):
             if not (math.isnan(x) or hide is not None and hide[b, i, 1]):
                 out[b, 1 + i, 4], out[b, 1 + i, 24:32], out[b, 1 + i, 32:40] = 1, code(x), code(y)
     return out
+
+
+def request_tokens(masks, args, present=None, hide=None):
+    """The request that masks (B,1,S,S) fulfil, as lesion_tokens gives it and where the masks are; None for a run without --controllable.
+    present (B,): where it is 0 the null takes its place; hide: as there."""
+    if not args.controllable:
+        return None
+    here = torch.ones(len(masks)) if present is None else present
+    return lesion_tokens([lesion_records(m) if p else None for m, p in zip(masks[:, 0].cpu().numpy() > 0, here)], hide).to(masks.device)
 
 
 def grow_labels(labels, spacing, mm=4.0):
@@ -1899,7 +1908,7 @@ def build_net(args, in_channels, out_channels, extra_dim=0):
         net = UNet(in_channels, out_channels, tuple(args.channels), tuple(args.attention), args.layers, args.head_channels, context_dim,
                    dims, extra_dim, args.norm_groups, bool(args.crop), **MAISI.get(args.maisi, {}), turned=bool(args.maisi))
     elif args.model == 'mmdit':
-        net = MMDiT(in_channels, out_channels, **sizes, context_dim=context_dim, extra_dim=extra_dim, present=args.p_uncond > 0 and not args.controllable)
+        net = MMDiT(in_channels, out_channels, **sizes, context_dim=context_dim, extra_dim=extra_dim, present=args.p_uncond > 0 and in_channels > out_channels)
     else:
         net = Tokens(in_channels, out_channels, **sizes, mixer='mamba' if args.model == 'mamba' else 'attention', context_dim=context_dim, extra_dim=extra_dim)
     net.checkpointing = args.checkpointing
@@ -2792,6 +2801,7 @@ def train_parser(doc, out):
     g.add_argument('--depth', type=number(int, 1, 128), help='blocks; none: the preset\'s')
     g.add_argument('--heads', type=number(int, 1), help='of attention or scan; none: the preset\'s')
     g.add_argument('--slice-level', action='store_true', help='condition on the level of the slice, 0 lowest to 1 highest')
+    g.add_argument('--controllable', action='store_true', help='tell count, sizes and places of the lesions, as tokens (cross-attention; mmdit: its second stream)')
     g.add_argument('--checkpointing', action='store_true', help='recompute each block in the backward: less memory, a third more time')
     g.add_argument('--sparse24', action='store_true', help='2:4 sparsity: two of four weights are zero, SR-STE training')
     g.add_argument('--dense-tail', type=number(float, 0, 1), default=0.0, metavar='F', help='with --sparse24: the last share of the training is dense')

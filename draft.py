@@ -241,7 +241,7 @@ def main(args):
         """Masks (B,1,S,S) and a denoise closure for these slices."""
         mask = torch.tensor(data.masks[picked]).float().to(device)
         extra = torch.tensor([data.table[i]['level'] for i in picked])[:, None].to(device) if run.args.slice_level else None
-        return mask, make_denoise(net, process, mask_condition(mask, run.args.p_uncond), None, extra, args.dtype, clip)
+        return mask, make_denoise(net, process, mask_condition(mask, run.args.p_uncond), request_tokens(mask, run.args), extra, args.dtype, clip)
 
     @torch.no_grad()
     def judged(picked, seeds, what):

@@ -681,7 +681,8 @@ def redraw(run, images, masks, levels, at, seed, device):
         sources = [generator(seed, 'redraw', k) for k in range(i, i + len(x_0))]
         noise = lambda: torch.stack([torch.randn(x_0.shape[1:], generator=g) for g in sources]).to(device)
         level = torch.tensor(levels[i:i + 32])[:, None].float().to(device) if run.args.slice_level else None
-        denoise = make_denoise(run.net, process, mask_condition(mask, run.args.p_uncond), extra=level, clip=clip and not process.space.about)
+        given = mask_condition(mask, run.args.p_uncond), request_tokens(mask, run.args), level
+        denoise = make_denoise(run.net, process, *given, clip=clip and not process.space.about)
         with torch.no_grad():
             x = SAMPLERS[sampler](denoise, process.alpha(ts[0]) * x_0 + process.sigma(ts[0]) * noise(), ts, process, noise)
         parts.append(process.from_range(x).clamp(-1, 1).cpu().numpy())

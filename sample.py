@@ -361,7 +361,8 @@ def draw(run, args, keys, what, steps, mask=None, level=None, callback=None, req
     null = [None] * len(keys)
     context = lesion_tokens(requests or null).to(device) if run.args.controllable else None
     nothing = None
-    if mask is not None:
+    if mask is not None:                                                     # whose lesions are the request
+        context = request_tokens(mask, run.args)
         near = mask.new_zeros(len(keys), run.args.neighbours, *mask.shape[2:]) if run.args.neighbours and near is None else near
         mask, nothing = (mask_condition(mask, run.args.p_uncond, present, near) for present in (None, torch.zeros(len(keys))))
     guidance = None if weight == 1 else Guidance(weight, args.cfg_interval, args.cfg_rescale, nothing,

@@ -70,7 +70,7 @@ def get_args(argv=None):
     for name in ('perceptual_weights', 'lpips_weights'):
         if getattr(args, name) and not Path(getattr(args, name)).is_file():
             fail(f'--{name.replace("_", "-")} {getattr(args, name)}: no such file')
-    args.script, args.controllable = 'bravo', False
+    args.script = 'bravo'
     return args
 
 
@@ -575,10 +575,11 @@ def read_pairs(directory, size, split, space=Space()):
 @torch.no_grad()
 def straightness(net, process, pairs, args, device, n=64, steps=25):
     """Mean over a pixel of the integral of |(noise - image) - dx/dt|^2 along the model's own paths; 0 when they are straight (Liu 2022, eq. 8)."""
-    mask = mask_condition(pairs.mask[:n].float().to(device), args.p_uncond)
+    mask = pairs.mask[:n].float().to(device)
+    context, mask = request_tokens(mask, args), mask_condition(mask, args.p_uncond)
     extra = pairs.level[:n, None].float().to(device) if args.slice_level else None
     start, slopes = pairs.noise[:n].to(device), []
-    end = sample_euler(make_denoise(net, process, mask, None, extra, args.dtype), start, process.times(min(steps, args.steps or steps)), process,
+    end = sample_euler(make_denoise(net, process, mask, context, extra, args.dtype), start, process.times(min(steps, args.steps or steps)), process,
                        None, lambda i, t, x_t, x_0: slopes.append((x_t - x_0) / t))
     return float(torch.stack([(start - end - v).square().mean() for v in slopes]).mean())
 
@@ -650,7 +651,7 @@ def main(args):
     if args.prune and not state:                                             # of the network from --init; the training goes on with what is left
         few = args.batch_size if args.volume else 64
         x_0, mask, extra = (v if v is None else v.to(device) for v in batch(rows[:few]))
-        prune(net, process, args, process.to_range(x_0), mask_condition(mask, args.p_uncond, near=near(rows[:few])), None, extra)
+        prune(net, process, args, process.to_range(x_0), mask_condition(mask, args.p_uncond, near=near(rows[:few])), request_tokens(mask, args), extra)
     if state:
         fit_pruned(net, state['net'])
         net.load_state_dict(state['net'])
@@ -707,11 +708,11 @@ def main(args):
             if args.crop:                                                    # a third at tumours: the mask is a condition
                 x_0, mask, extra = crop_volumes(x_0, mask, args.crop, torch.rand(B, 4, generator=generator(args.seed, 'crop', step))[mine], 1 / 3)
             x_0, times = x_0 if pairs else to_x_0(x_0, picked[mine]), t[mine].to(device, non_blocking=True)
-            given = mask_condition(mask, args.p_uncond, present[mine], shown)
+            given, context = mask_condition(mask, args.p_uncond, present[mine], shown), request_tokens(mask, args, present[mine])
             last = k == args.accumulate - 1
             with contextlib.nullcontext() if last or world() == 1 else model.no_sync():
                 with autocast(device, args.dtype):
-                    loss, square, x0_hat = process.loss(model, x_0, noise[mine], times, given, extra=extra, min_snr=args.min_snr)
+                    loss, square, x0_hat = process.loss(model, x_0, noise[mine], times, given, context, extra, args.min_snr)
                 loss = loss.mean()
                 if vgg:
                     loss = loss + args.perceptual / part * perceptual_loss(vgg, x0_hat, x_0, t[mine], process)
@@ -739,7 +740,8 @@ def main(args):
         for part in (slice(i, i + args.batch_size) for i in range(0, len(picked), args.batch_size)):
             x_0, mask, extra, eps, times = (v if v is None else v.to(device) for v in (*batch(picked[part]), noise[part], t[part]))
             with autocast(device, args.dtype):
-                square = process.loss(network, to_x_0(x_0, picked[part]), eps, times, mask_condition(mask, args.p_uncond, near=near(picked[part])), extra=extra)[1]
+                given = mask_condition(mask, args.p_uncond, near=near(picked[part]))
+                square = process.loss(network, to_x_0(x_0, picked[part]), eps, times, given, request_tokens(mask, args), extra)[1]
             losses.add(1, process.log_snr(times), square, None if space.about else mask)
         return losses.held_out()
 
@@ -752,7 +754,8 @@ def main(args):
         picked = pool[np.linspace(0, len(pool), 2 if args.volume else 8, endpoint=False).astype(int)]
         x_0, mask, extra = (v if v is None else v.to(device) for v in batch(picked, size))
         twice = lambda v: v if v is None else torch.cat([v, v])
-        denoise = make_denoise(ema.net, process, twice(mask_condition(mask, args.p_uncond, near=near(picked, size))), None, twice(extra), args.dtype, clip=not args.rflow and not space.about)
+        given = mask_condition(mask, args.p_uncond, near=near(picked, size)), request_tokens(mask, args), extra
+        denoise = make_denoise(ema.net, process, *map(twice, given), args.dtype, clip=not args.rflow and not space.about)
         noise = torch.cat([torch.randn(len(x_0), *space.shape(size), generator=generator('picture', k)) for k in range(2)]).to(device)
         sampler, steps, _ = default_solver(args)
         made = SAMPLERS[sampler](denoise, noise, process.times(steps, own=True), process)

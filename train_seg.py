@@ -14,8 +14,6 @@ from common import *
 
 def get_args(argv=None):
     p = train_parser(__doc__.split('\n')[0], 'runs/seg')
-    g = p.add_argument_group('control')
-    g.add_argument('--controllable', action='store_true', help='condition on count, sizes and places of the lesions (cross-attention)')
     g = p.add_argument_group('anatomy (patients with a parc.nii.gz: evaluate.py atlas --write)')
     g.add_argument('--anatomy', type=number(float, 0), default=0.0, metavar='W', help='weight of the loss on tumour where none can be; 0: off, 0.01 to 0.1 is usual')
     g.add_argument('--anatomy-mode', choices=('soft', 'hard'), help='soft: also by how often tumours are there; hard: ventricles and outside the brain; none: soft')
@@ -115,14 +113,6 @@ def main(args):
         extra = level[picked][:, None] if args.slice_level else None
         return torch.tensor(sets[size].masks[picked]).float() * 2 - 1, extra
 
-    def tokens(x_0, hide=None, present=None):
-        """What a request for these masks (B,1,S,S) would say, with the parts hidden that training hides; None without --controllable."""
-        if not args.controllable:
-            return None
-        asked = [lesion_records(m) for m in x_0.cpu().numpy()[:, 0] > 0]
-        asked = [r if present is None or p else None for r, p in zip(asked, asked if present is None else present)]
-        return lesion_tokens(asked, hide).to(device)
-
     # network, process, optimiser
     torch.manual_seed(seed_of(args.seed, 'weights') % 2 ** 32)
     net = build_net(args, in_channels=1, out_channels=1, extra_dim=int(args.slice_level))
@@ -132,7 +122,7 @@ def main(args):
     process = build_process(args)
     if args.prune and not state:                                             # of the network from --init; the training goes on with what is left
         x_0, extra = (v if v is None else v.to(device) for v in batch(rows[:args.batch_size if args.volume else 64]))
-        prune(net, process, args, process.to_range(x_0), None, tokens(x_0), extra)
+        prune(net, process, args, process.to_range(x_0), None, request_tokens(x_0, args), extra)
     if state:
         fit_pruned(net, state['net'])
         net.load_state_dict(state['net'])
@@ -175,7 +165,7 @@ def main(args):
                 x_0, A = augment_both(x_0, A, u[mine], args.augment)
             if args.crop:                                                    # anywhere: more lesions than there are would be learned
                 x_0, _, extra = crop_volumes(x_0, x_0, args.crop, torch.rand(B, 4, generator=generator(args.seed, 'crop', step))[mine])
-            context = tokens(x_0, hide[mine], present[mine])
+            context = request_tokens(x_0, args, present[mine], hide[mine])
             tumour, x_0, times = (x_0 > 0).float(), process.to_range(x_0), t[mine].to(device, non_blocking=True)
             last = k == args.accumulate - 1
             with contextlib.nullcontext() if last or world() == 1 else model.no_sync():
@@ -206,7 +196,7 @@ def main(args):
         for part in (slice(i, i + args.batch_size) for i in range(0, len(picked), args.batch_size)):
             x_0, extra, eps, times = (v if v is None else v.to(device) for v in (*batch(picked[part]), noise[part], t[part]))
             with autocast(device, args.dtype):
-                square = process.loss(network, process.to_range(x_0), eps, times, None, tokens(x_0), extra)[1]
+                square = process.loss(network, process.to_range(x_0), eps, times, None, request_tokens(x_0, args), extra)[1]
             losses.add(1, process.log_snr(times), square, (x_0 > 0).float())
         return losses.held_out()
 
@@ -217,7 +207,7 @@ def main(args):
         picked = pool[np.linspace(0, len(pool), 2 if args.volume else 8, endpoint=False).astype(int)]
         x_0, extra = (v if v is None else v.to(device) for v in batch(picked, size))
         thrice = lambda v: v if v is None else torch.cat([v] * 3)
-        denoise = make_denoise(ema.net, process, None, thrice(tokens(x_0)), thrice(extra), args.dtype, clip=not args.rflow)
+        denoise = make_denoise(ema.net, process, None, thrice(request_tokens(x_0, args)), thrice(extra), args.dtype, clip=not args.rflow)
         noise = torch.cat([torch.randn(x_0.shape, generator=generator('picture', k)) for k in range(3)]).to(device)
         sampler, steps, _ = default_solver(args)
         made = SAMPLERS[sampler](denoise, noise, process.times(steps, own=True), process)

@@ -421,7 +421,7 @@ def test_image_to_mask_to_image(tmp_path, capsys):
     class Mask(torch.nn.Module):
         def forward(self, x, t, context=None, extra=None):
             return (x[:, :1] - x[:, 1:]) / t[:, None, None, None]                              # v of a point mass at the mask
-    run = types.SimpleNamespace(net=Mask(), process=common.RFlow(100), args=types.SimpleNamespace(rflow=True, maisi=None, steps=100, p_uncond=0.0, slice_level=False))
+    run = types.SimpleNamespace(net=Mask(), process=common.RFlow(100), args=types.SimpleNamespace(rflow=True, maisi=None, steps=100, p_uncond=0.0, slice_level=False, controllable=False))
     g = torch.Generator().manual_seed(0)
     masks = np.stack([disc(r, 16, 16, 32) for r in (2, 3, 5, 6)])[:, None].astype(np.uint8)
     images = np.where(disc(14, 16, 16, 32), 0.5, -1.0)[None, None].repeat(4, 0).astype(np.float32) + 0.01 * torch.randn(4, 1, 32, 32, generator=g).numpy()

@@ -28,7 +28,7 @@ def test_straightness():
     """For N(0,s^2) data it is s (2 - pi/2) a pixel, 0.4292 for s = 1 (Liu 2022's flow between Gaussians); for one point, and on the coupled
     pairs of the flow itself, it is 0, and there one Euler step is exact."""
     pairs = argparse.Namespace(noise=torch.randn(64, 1, 16, 16, generator=generator('z')).double(), mask=torch.zeros(64, 1, 16, 16), level=torch.zeros(64))
-    args = argparse.Namespace(p_uncond=0.0, slice_level=False, dtype='fp32', steps=0)
+    args = argparse.Namespace(p_uncond=0.0, slice_level=False, controllable=False, dtype='fp32', steps=0)
     found = train_bravo.straightness(Oracle(1.0), RFlow(), pairs, args, 'cpu', steps=1000)
     assert abs(found / float(pairs.noise.square().mean()) - (2 - math.pi / 2)) < 2e-3
     assert train_bravo.straightness(Oracle(1e-6), RFlow(), pairs, args, 'cpu') < 1e-6

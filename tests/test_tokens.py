@@ -4,13 +4,17 @@ The same functions as diffusers' on the same weights: tests/parity/test_dit.py.
 """
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+import analysis
 import common
+import sample
+import train_bravo
 from common import (LESIONS, SIZES, TOKEN, Attention, Block, JointBlock, Mamba, MMDiT, Tokens, attention, cross_merge, cross_scan, generator,
                     lesion_tokens, load_checkpoint, load_run, mask_condition, patchify, positions, ssd, unpatchify)
 
@@ -322,6 +326,35 @@ def test_runs(call, tmp_path, model):
     out = call('sample', tmp_path / 'set', '--seg', tmp_path / 'seg', '--bravo', tmp_path / 'bravo', '--n', 2, '--count', 1, '--steps', 2,
                '--seg-steps', 2, '--cfg', 2, '--seg-cfg', 2)
     assert len(list(out.glob('syn_*/bravo.nii.gz'))) == 2
+
+
+@pytest.mark.parametrize('model', ['unet', 'mmdit'])
+def test_an_image_model_is_told_of_its_lesions(call, phantom, cache, tmp_path, monkeypatch, model):
+    """train_bravo.py --controllable: the tokens say what the mask holds, or with the mask nothing; in MMDiT they follow its patches. Drawn with
+    the null's tokens, or with half the weight on them (guidance), the images are others; pairs, reflow and attention know them too."""
+    given, tokens = [], train_bravo.request_tokens
+    with monkeypatch.context() as patch:
+        patch.setattr(train_bravo, 'request_tokens', lambda mask, args, present=None: given.append((mask, present, tokens(mask, args, present))) or given[-1][2])
+        run = call('bravo', tmp_path / 'run', '--model', model, '--rflow', '--p-uncond', 0.3, '--controllable', '--lr', 0.03, '--iters', 12)
+    masks, present, told = (torch.cat(v) for v in zip(*[v for v in given if v[1] is not None]))
+    assert len(masks) == 48 and 0 < present.sum() < 48 and torch.equal(told[~present], lesion_tokens([None]).expand((~present).sum(), -1, -1))
+    for mask, t in zip(masks[present], told[present]):
+        assert torch.equal(t, lesion_tokens([common.lesion_records(mask[0].numpy() > 0)])[0])
+    net = load_run(run).net
+    assert net.context_dim == TOKEN and (model == 'unet' or net.embed_mask is not None and net.embed_context is not None and net.null is not None)
+
+    images = lambda out: np.stack([common.read_nifti(f / 'bravo.nii.gz')[0] for f in sorted(out.glob('syn_*'))])
+    draw = lambda name, *flags: call('sample', tmp_path / name, '--bravo', run, '--data', phantom, '--weights', 'raw', '--steps', 2, '--n', 3, *flags)
+    plain = images(draw('plain'))
+    assert (images(draw('guided', '--cfg', 3)) != plain).any()
+    with monkeypatch.context() as patch:
+        patch.setattr(sample, 'request_tokens', lambda mask, args: lesion_tokens([None] * len(mask)))
+        assert (images(draw('untold')) != plain).any()
+    pairs = draw('pairs', '--pairs')
+    call('bravo', tmp_path / 'reflow', '--model', model, '--rflow', '--p-uncond', 0.3, '--controllable', '--reflow', pairs, '--init', run, '--iters', 1)
+    analysis.main(analysis.get_args([str(v) for v in ('attention', run, '--data', phantom, '--cache', cache, '--n', 4, '--times', '.5', '--device', 'cpu',
+                                                      '--out', tmp_path / 'attention')]))
+    assert {r['to'] for r in common.read_csv(tmp_path / 'attention/attention.csv')} == {'image', 'requests', *(['mask'] if model == 'mmdit' else [])}
 
 
 @pytest.mark.parametrize('model', NETS)
