@@ -1924,24 +1924,119 @@ def channels_last(net):
     return net.to(memory_format=torch.channels_last_3d if deep else torch.channels_last)
 
 
-def cut_block(block, keep):
-    """Takes channels out of the inside of a residual block, in place: keep (K,) says which stay, whole groups of its second norm,
-    so that the statistics of the others stay as they were."""
-    size, keep = block.norm2.num_channels // block.norm2.num_groups, keep.to(block.norm2.weight.device)
-    for layer, dim in ((block.conv1, 0), (block.time, 0), (block.norm2, 0), (block.conv2, 1)):
-        layer.weight = nn.Parameter(layer.weight.detach().index_select(dim, keep))
-        if dim == 0:
-            layer.bias = nn.Parameter(layer.bias.detach()[keep])
-    block.conv1.out_channels = block.time.out_features = block.conv2.in_channels = block.norm2.num_channels = len(keep)
-    block.norm2.num_groups = len(keep) // size
+def channel_sets(net):
+    """Which channels of a U-Net go together: the length of each set, and of each layer the sets that it reads and writes, in order (None: all of
+    these stay). A sum ties what it adds up, a skip is read twice, queries go with their keys, GEGLU's values with their gates."""
+    lengths, layers = [], []
+
+    def new(n):
+        lengths.append(n)
+        return [len(lengths) - 1]
+
+    def layer(m, reads, writes):
+        layers.append((m, reads, writes))
+        return writes
+
+    def res(m, x):
+        inside, own = new(m.conv1.out_channels), isinstance(m.skip, nn.Identity)
+        layer(m.norm1, None, x), layer(m.conv1, x, inside), layer(m.time, None, inside), layer(m.norm2, None, inside)
+        return layer(m.conv2, inside, x if own else layer(m.skip, x, new(m.conv2.out_channels)))
+
+    def heads(m, x, context=False):
+        n = (m.q if context else m.qkv).in_features
+        qk, v = new(n), x if isinstance(m.out, nn.Identity) else new(n)
+        (layer(m.q, x, qk), layer(m.kv, None, qk + v)) if context else layer(m.qkv, x, qk + qk + v)
+        layer(m.out, v, x) if v is not x else None
+
+    def attend(m, x):
+        layer(m.norm, None, x)
+        if isinstance(m, SpatialAttention):
+            return heads(m.attn, x)
+        p, f = new(m.proj_in.out_channels), new(m.ff2.in_features)
+        layer(m.proj_in, x, p), heads(m.attn1, p), heads(m.attn2, p, True), layer(m.ff1, p, f + f), layer(m.ff2, f, p), layer(m.proj_out, p, x)
+        [layer(norm, None, p) for norm in (m.norm1, m.norm2, m.norm3)]
+
+    def level(block, x, skips=None, keep=None):                               # as in forward
+        for i, m in enumerate(block.resnets):
+            x = res(m, x if skips is None else x + skips.pop())
+            attend(block.attentions[i], x) if len(block.attentions) else None
+            keep.append(x) if keep is not None else None
+        if 'resample' in block:
+            m = block['resample']
+            m = m.conv if isinstance(m, Upsample) else m
+            x = res(m, x) if isinstance(m, ResBlock) else layer(m, x, new(m.out_channels))
+            keep.append(x) if keep is not None else None
+        return x
+
+    x = layer(net.conv_in, None, new(net.conv_in.out_channels))
+    skips = [x]
+    for block in net.down_blocks:
+        x = level(block, x, keep=skips)
+    x = res(net.middle_block.resnet_1, x)
+    attend(net.middle_block.attention, x)
+    x = res(net.middle_block.resnet_2, x)
+    for block in net.up_blocks:
+        x = level(block, x, skips)
+    layer(net.out[0], None, x), layer(net.out[2], x, None)
+    return lengths, layers
+
+
+def resize(layer, weight, bias):
+    """Gives a layer these parameters, of other widths than it had."""
+    layer.weight, layer.bias = nn.Parameter(weight), None if layer.bias is None else nn.Parameter(bias)
+    names = {nn.GroupNorm: ('num_channels',), nn.Linear: ('out_features', 'in_features')}
+    for name, n in zip(next((v for k, v in names.items() if isinstance(layer, k)), ('out_channels', 'in_channels')), weight.shape):
+        setattr(layer, name, n)
+    if isinstance(layer, nn.LayerNorm):
+        layer.normalized_shape = tuple(weight.shape)
+
+
+@torch.no_grad()
+def prune_channels(net, score, share):
+    """Takes the same share of every set of channels out of a U-Net, in place: those with the smallest mean score over all that hangs on them.
+
+    The share is rounded to what leaves every norm group and every head as many: with groups of 4, 8 and 12 to quarters. A group's statistics
+    are then of what is left of it; a head's products keep their scale. Returns how many stay of how many.
+    """
+    lengths, layers = channel_sets(net)
+    attentions = [m for m in net.modules() if isinstance(m, Attention)]
+    queries = [(m.qkv, 3) if hasattr(m, 'qkv') else (m.q, 1) for m in attentions]
+    part = math.gcd(*(m.num_channels // m.num_groups for m, *_ in layers if isinstance(m, nn.GroupNorm)),
+                    *(q.in_features // m.heads for m, (q, _) in zip(attentions, queries)))
+    k = part - round(share * part)
+    if not 0 < k < part:
+        fail(f'--prune {share:g}: channels go in equal shares of every norm group and head, here {part} wide; '
+             + (f'give {" or ".join(f"{i / part:.3g}" for i in range(1, part))}' if part > 1 else 'use --prune-how weights'))
+    total, count = [torch.zeros(n) for n in lengths], [0] * len(lengths)
+    for m, reads, writes in layers:
+        for p, dim, sets in ((m.weight, 0, writes), (m.weight, 1, reads), (m.bias, 0, writes)):
+            if p is not None and sets:
+                rows = score(p).transpose(0, dim).reshape(p.shape[dim], -1).cpu()
+                for s, own in zip(sets, rows.split([lengths[s] for s in sets])):
+                    total[s], count[s] = total[s] + own.sum(1), count[s] + own.shape[1]
+    keep = [(t / c).view(-1, part).topk(k).indices.sort().values.add(torch.arange(0, len(t), part)[:, None]).flatten() for t, c in zip(total, count)]
+    at = lambda sets: torch.cat([keep[s] + sum(lengths[r] for r in sets[:i]) for i, s in enumerate(sets)]).to(net.conv_in.weight.device)
+    for m, reads, writes in layers:
+        weight, bias = m.weight.detach(), m.bias
+        weight = weight.index_select(1, at(reads)) if reads else weight
+        if writes:
+            weight, bias = weight[at(writes)], None if bias is None else bias.detach()[at(writes)]
+        resize(m, weight, bias)
+    for q, n in queries:
+        for p in (q.weight, q.bias) if q.bias is not None else (q.weight,):
+            p[:len(p) // n] *= (k / part) ** 0.5
+    return k, part
 
 
 def fit_pruned(net, weights):
-    """Narrows the residual blocks of a new network to those of a pruned one's weights, so that they can be loaded."""
-    for name, block in net.named_modules():
-        key = f'{name}.conv1.weight'
-        if isinstance(block, ResBlock) and key in weights and len(weights[key]) < block.conv1.out_channels:
-            cut_block(block, torch.arange(len(weights[key])))
+    """Narrows the layers of a new network to those of a pruned one's weights, so that they can be loaded."""
+    for name, m in net.named_modules():
+        w = weights.get(f'{name}.weight')
+        if w is None or w.ndim != m.weight.ndim:
+            continue
+        shape = w.shape[:1] + m.weight.shape[1:] if name == 'conv_in' else w.shape                   # its input may get more channels: load_init
+        if shape != m.weight.shape:
+            resize(m, m.weight.new_empty(shape), m.weight.new_empty(shape[:1]))
 
 
 def prunable(net):
@@ -1951,12 +2046,11 @@ def prunable(net):
 
 
 def prune(net, process, args, x_0, mask=None, context=None, extra=None):
-    """Drops a share --prune of the weights, or of the inner channels, that matter least, in place. What follows trains the rest on.
+    """Drops a share --prune of the weights, or of the channels, that matter least, in place. What follows trains the rest on.
 
     magnitude: |w|. taylor: |w dL/dw|, the loss summed over 20 times with one noise, without those whose loss is below 5 % of the largest
     (Fang 2023, Diff-Pruning, 2305.10924, eq. 8; as a mask, since the loss of v is large at both ends). weights: the smallest become
-    zero. channels: of every residual block the share of its inner channels, rounded up to whole norm groups: those with the smallest
-    mean over all that hangs on them.
+    zero. channels: see prune_channels.
     """
     if args.prune_by == 'taylor':
         noise, ts = torch.randn(x_0.shape, generator=generator('prune')).to(x_0.device), process.times(min(20, args.steps or 20))[:-1].to(x_0.device)
@@ -1974,20 +2068,15 @@ def prune(net, process, args, x_0, mask=None, context=None, extra=None):
             for m in layers:
                 m.weight *= score(m.weight) > cut
                 dropped += int((m.weight == 0).sum())
+            how = 'set to zero'
         else:
-            blocks = [m for m in net.modules() if isinstance(m, ResBlock)]
-            for b in blocks:
-                n = b.norm2.num_groups
-                rows = [score(p).reshape(n, -1) for p in (b.conv1.weight, b.conv1.bias, b.time.weight, b.time.bias, b.norm2.weight, b.norm2.bias)]
-                rows = torch.cat([*rows, score(b.conv2.weight).transpose(0, 1).reshape(n, -1)], 1).mean(1)
-                keep = rows.topk(n - min(math.ceil(args.prune * n), n - 1)).indices.sort().values.cpu()
-                cut_block(b, torch.arange(b.norm2.num_channels).view(n, -1)[keep].flatten())
+            kept, of = prune_channels(net, score, args.prune)
+            how = f'removed: {of - kept} of every {of} channels'
             dropped = total - sum(p.numel() for p in net.parameters())
     net.zero_grad(set_to_none=True)
     for p in net.parameters() if world() > 1 else ():                                 # gradients may differ in their last bits
         dist.broadcast(p.data, 0)
-    print0(f'pruned: {dropped} of {total} parameters ({dropped / total:.1%}) by {args.prune_by}, '
-           + ('set to zero' if args.prune_how == 'weights' else f'removed, from the inside of {len(blocks)} residual blocks'))
+    print0(f'pruned: {dropped} of {total} parameters ({dropped / total:.1%}) by {args.prune_by}, {how}')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2805,7 +2894,7 @@ def train_parser(doc, out):
     g.add_argument('--checkpointing', action='store_true', help='recompute each block in the backward: less memory, a third more time')
     g.add_argument('--sparse24', action='store_true', help='2:4 sparsity: two of four weights are zero, SR-STE training')
     g.add_argument('--dense-tail', type=number(float, 0, 1), default=0.0, metavar='F', help='with --sparse24: the last share of the training is dense')
-    g.add_argument('--prune', type=number(float, 0, 0.9), default=0.0, metavar='R', help='with --init: drop this share of its weights, or of the channels in each residual block, train on; 0: off')
+    g.add_argument('--prune', type=number(float, 0, 0.9), default=0.0, metavar='R', help='with --init: drop this share of its weights, or of its channels, train on; 0: off')
     g.add_argument('--prune-by', choices=('magnitude', 'taylor'), help='what is dropped: the smallest, or what changes the loss least; none: taylor')
     g.add_argument('--prune-how', choices=('weights', 'channels'), help='weights: set to zero; channels: removed, so that it is faster; none: channels')
     g = p.add_argument_group('process')
@@ -2925,7 +3014,7 @@ def finish_args(args):
     if args.prune and not args.init:
         fail(f'--prune {args.prune:g}: makes a trained network smaller; add --init RUN')
     if args.prune_how == 'channels' and args.model != 'unet':
-        fail(f'--prune-how channels: is for the residual blocks of --model unet; this is {args.model}, use weights')
+        fail(f'--prune-how channels: is for --model unet; this is {args.model}, use weights')
     for name, usual in (('prune_by', 'taylor'), ('prune_how', 'channels' if args.model == 'unet' else 'weights')):
         if getattr(args, name) and not args.prune:
             fail(f'--{name.replace("_", "-")} {getattr(args, name)}: does nothing without --prune R')
@@ -3467,8 +3556,6 @@ def load_init(net, args):
         for name in ('init_target', 'init_range'):
             if getattr(args, name) is not None:
                 fail(f'--{name.replace("_", "-")}: is for a MONAI state dict; {args.init} is a run of ours and says it itself, leave the flag away')
-        if args.sparse24 and theirs.get('prune_how') == 'channels':
-            fail(f'--init {args.init}: lacks pruned channels, and --sparse24 would prune it again; leave one of them away')
         for name in ('model', 'rflow', 'target', 'heads', 'head_channels', 'norm_groups'):
             if theirs[name] != getattr(args, name):
                 fail(f'--init {args.init}: was trained with {name} {theirs[name]}, this run has {getattr(args, name)}; make them agree')
@@ -3495,7 +3582,10 @@ def load_init(net, args):
         if not weights[k.replace('original', '0.dense')]:                                     # the network that was trained, without what its masks hid
             weights[k] = weights[k] * TwoFour().mask(weights[k])
     weights = inflate(plain_names(weights)) if args.inflate else plain_names(weights)
-    fit_pruned(net, weights)
+    if args.model == 'unet' and 'args' in state and [*theirs['channels']] == [*args.channels] and len(weights['conv_in.weight']) < args.channels[0]:
+        if args.sparse24:
+            fail(f'--init {args.init}: lacks pruned channels, and --sparse24 would prune it again; leave one of them away')
+        fit_pruned(net, weights)
     mine, key, pixels = plain_names(net.state_dict()), *(('conv_in.weight', 1) if args.model == 'unet' else ('embed.weight', args.patch ** (3 if args.volume else 2)))
     first, want = weights.get(key), mine[key].shape[1] // pixels - (3 if args.crop else 0)
     more = 0 if first is None or first.ndim != mine[key].ndim else want - first.shape[1] // pixels
@@ -3509,7 +3599,7 @@ def load_init(net, args):
              if k not in weights or weights[k].shape != v.shape] + [f'{k} has no place here' for k in weights if k not in mine]
     if wrong:
         fail(f'--init {args.init}: does not fit this network: {wrong[0]} ({len(wrong)} in all); adapt '
-             + ', '.join(f'--{n.replace("_", "-")}' for n in (*MODELS[args.model], 'slice_level')))
+             + ', '.join(f'--{n.replace("_", "-")}' for n in (*MODELS[args.model], 'slice_level', 'controllable')))
     net.load_state_dict({k: weights.get(plain_name(k), v) for k, v in net.state_dict().items()})
     print0(f'init: {len(mine)} tensors from {args.init}')
 

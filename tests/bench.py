@@ -4,7 +4,7 @@ Autoencoder and its AutoencoderKL, DiT and diffusers'.
     python tests/bench.py                                    (in an environment with tests/parity/requirements.txt; ten minutes)
     python tests/bench.py --shapes small --precisions fp32 --rounds 20
     python tests/bench.py --tokens --precisions fp32         (instead: what twice the tokens cost, attention beside Mamba)
-    python tests/bench.py --lean                             (instead: pure bf16 beside autocast; on a GPU 2:4 beside dense too)
+    python tests/bench.py --lean                             (instead: pure bf16 beside autocast, pruned beside whole; on a GPU 2:4 beside dense too)
 
 Prints the seconds of a training step and of a forward, the ratio peer / ours (median of the rounds, lowest and highest), the
 peak memory, and the share of the measured matmul peak that a training step reaches (the peer's multiplications, for both). Each
@@ -32,7 +32,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from common import (PRESETS, SIZES, Attention, Autoencoder, Mamba, Tokens, UNet, autocast, build_optimizer, has_bf16, keep_memory, load_maisi_vae,
-                    load_monai, sparsify)
+                    load_monai, prune_channels, sparsify)
 from sample import bake_sparse
 
 NETS = {'full': PRESETS['full'], 'small': PRESETS['small'], 'autoencoder': dict(channels=(64, 128, 256), layers=1, norm_groups=32)}   # as --vae 4
@@ -74,6 +74,8 @@ def build(arm, net, size, device):
         if not peer:
             state, model = model.state_dict(), UNet(2, 1, p['channels'], p['attention'], p['layers'], p['head_channels'], norm_groups=p['norm_groups'])
             model.load_state_dict(load_monai(state))
+    if 'pruned' in arm:
+        prune_channels(model, torch.Tensor.abs, float(arm.split()[-1]))
     model = model.to(device) if peer or net in TOKENS else model.to(device, memory_format=torch.channels_last)
     return torch.compile(model) if 'compiled' in arm else model
 
@@ -220,13 +222,14 @@ def sparse(device, times=30):
 
 
 def lean(args):
-    """Training steps in pure bf16 beside autocast; 2:4 where there are kernels."""
+    """Training steps in pure bf16 beside autocast; a quarter and half of the channels gone; 2:4 where there are kernels."""
     cuda = args.device == 'cuda'
     arms = ['ours', 'ours, pure bf16', *(['ours compiled', 'ours compiled, pure bf16'] if cuda else [])]
-    args.precisions = ['bf16']
-    print(HEADER.replace('peer', 'autocast'))
+    print(HEADER.replace('peer', 'the first'))
     for shape in (('full', 128, 16), ('DiT-B/4', 128, 16)) if cuda else (('small', 64, 16),):
-        table(arms, shape, args)
+        table(arms, shape, argparse.Namespace(**{**vars(args), 'precisions': ['bf16']}))
+    for shape in (('full', 128, 16),) if cuda else (('small', 64, 16), ('full', 128, 2)):
+        table(['ours', 'ours, pruned 0.25', 'ours, pruned 0.5'], shape, args)
     if cuda:
         sparse(args.device)
 
@@ -288,6 +291,6 @@ if __name__ == '__main__':
     p.add_argument('--rounds', type=int, default=10)
     p.add_argument('--device', choices=('cpu', 'cuda'), default='cuda' if torch.cuda.is_available() else 'cpu')
     p.add_argument('--tokens', action='store_true', help='what twice the tokens cost instead')
-    p.add_argument('--lean', action='store_true', help='pure bf16 and 2:4 instead')
+    p.add_argument('--lean', action='store_true', help='pure bf16, pruned channels and 2:4 instead')
     p.add_argument('--serve', help=argparse.SUPPRESS)
     main(p.parse_args())

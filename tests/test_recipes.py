@@ -4,6 +4,7 @@ import copy
 import math
 import signal
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
@@ -329,20 +330,41 @@ def prune_args(how, by='magnitude', share=0.3):
     return argparse.Namespace(prune=share, prune_by=by, prune_how=how, steps=0, dtype='fp32', lr=1e-3, weight_decay=0.0, sparse24=False)
 
 
-def test_channels_without_effect_leave_the_output(capsys):
-    """Groups whose outgoing weights are zero go first, and the network's function stays; sizes and counts are those of the formula."""
-    net = small().requires_grad_(False)
-    block = net.down_blocks[1]['resnets'][0]                                     # 16 channels inside, 4 groups of 4
-    block.conv2.weight[:, 4:8] = 0
-    x, t = torch.randn(3, 2, 8, 8, generator=generator('x')), torch.tensor([0.1, 0.5, 0.9])
-    y, n = net(x, t), sum(p.numel() for p in net.parameters())
-    rows = block.conv1.weight[4:8].numel() + 4 + block.time.weight[4:8].numel() + 4 + 8 + block.conv2.weight[:, 4:8].numel()
-    found, keep = copy.deepcopy(net).requires_grad_(True), torch.tensor([0, 1, 2, 3, 8, 9, 10, 11, 12, 13, 14, 15])
-    prune(found, RFlow(), prune_args('channels', 'taylor', 0.25), x[:, :1], x[:, 1:])
-    assert torch.equal(found.down_blocks[1]['resnets'][0].conv1.weight, block.conv1.weight[keep])
-    common.cut_block(block, keep)
-    torch.testing.assert_close(net(x, t), y, rtol=0, atol=1e-5 * float(y.abs().max()))
-    assert n - sum(p.numel() for p in net.parameters()) == rows and block.norm2.num_groups == 3
+def wide(twice, context_dim=None, seed=0, **kw):
+    """A U-Net with attention at its second level and weights of one size everywhere, their signs at random. twice: as wide as two of it, see test_copies_go_unnoticed."""
+    torch.manual_seed(seed)
+    net = UNet(2, 1, (8 * twice, 16 * twice), (0, 1), layers=2, head_channels=8 * twice, context_dim=context_dim, norm_groups=2, **kw)
+    g = generator('wide', seed)
+    for p in net.parameters():
+        p.data = 0.3 * torch.randn(p.shape, generator=g).sign()
+    return net.requires_grad_(False)
+
+
+@pytest.mark.parametrize('kw', [{}, dict(context_dim=common.TOKEN), dict(updown=True, project=False), dict(dims=3)], ids=str)
+def test_copies_go_unnoticed(kw):
+    """Every channel twice, side by side, and of each two the second is read by nobody: half the channels by magnitude are those, and what is left
+    does what it did. In every norm group half are gone, so its mean and variance stay, and a head's products keep their scale."""
+    net = wide(2, **kw)
+    lengths, layers = common.channel_sets(net)
+    for m, reads, writes in layers:                                              # rows in pairs of copies
+        if writes:
+            for p in (m.weight, m.bias):
+                if p is not None:
+                    p[1::2] = p[::2]
+    for m, reads, writes in layers:
+        if reads:
+            m.weight[:, 1::2] = 0
+    for a in (m for m in net.modules() if isinstance(m, common.Attention)):      # a product reads what it writes: the second of each query
+        q, n = (a.q, 1) if hasattr(a, 'q') else (a.qkv, 3)
+        for p in (q.weight, q.bias) if q.bias is not None else (q.weight,):
+            p[1:len(p) // n:2] = 0
+    size = (3, 2, *(8,) * net.dims)
+    x, t = torch.randn(size, generator=generator('x')), torch.tensor([0.1, 0.5, 0.9])
+    context = common.lesion_tokens([np.array([[0.2, 0.5, 0.5]])] * 3) if net.context_dim else None
+    y, n = net(x, t, context), sum(p.numel() for p in net.parameters())
+    assert common.prune_channels(net, torch.Tensor.abs, 0.5) == (net.down_blocks[0].resnets[0].norm1.num_channels // 2, net.down_blocks[0].resnets[0].norm1.num_channels)
+    assert sum(p.numel() for p in net.parameters()) < 0.4 * n
+    torch.testing.assert_close(net(x, t, context), y, rtol=0, atol=1e-4 * float(y.abs().max()))
 
 
 @pytest.mark.parametrize('how', ['weights', 'channels'])
@@ -362,15 +384,14 @@ def test_prune(how, by, capsys):
     if how == 'channels':
         gone = n - sum(p.numel() for p in net.parameters())
         assert f'{gone} of {n}' in capsys.readouterr().out
-        full = [m.norm2.num_channels for m in small().modules() if isinstance(m, common.ResBlock)]
-        left = [m.norm2.num_channels for m in net.modules() if isinstance(m, common.ResBlock)]
-        assert left == [c // 2 for c in full]                                    # 0.3 of 4 groups, rounded up
-        for a, b in zip(*([m for m in v.modules() if isinstance(m, common.ResBlock)] for v in (old, net))):
-            of = lambda k: torch.cat([v.flatten() for w in (a.conv1.weight, a.conv1.bias, a.time.weight, a.time.bias, a.norm2.weight, a.norm2.bias)
-                                      for v in [score(w)[k]]] + [score(a.conv2.weight)[:, k].flatten()]).mean()
-            groups = torch.arange(a.norm2.num_channels).view(4, -1)
-            keep = torch.tensor(sorted(sorted(range(4), key=lambda i: -of(groups[i]))[:2]))
-            assert torch.equal(b.conv1.weight, a.conv1.weight[groups[keep].flatten()])
+        blocks = lambda v: [m for m in v.modules() if isinstance(m, common.ResBlock)]
+        for a, b in zip(blocks(old), blocks(net)):                               # 0.3 of parts of 2 is 1: half of each norm group
+            at = torch.cat([score(w).reshape(len(w), -1) for w in (a.conv1.weight, a.conv1.bias, a.time.weight, a.time.bias, a.norm2.weight, a.norm2.bias)]
+                           + [score(a.conv2.weight).transpose(0, 1).flatten(1)], 1).mean(1).view(-1, 2)
+            keep = at.argmax(1) + torch.arange(0, at.numel(), 2)
+            assert torch.equal(b.time.weight, a.time.weight[keep]) and torch.equal(b.conv1.bias, a.conv1.bias[keep])
+            assert b.norm2.num_groups == a.norm2.num_groups and b.norm2.num_channels == a.norm2.num_channels // 2 == b.conv2.out_channels
+        assert net.conv_in.out_channels == old.conv_in.out_channels // 2 and net.time_embed[0].weight.shape == old.time_embed[0].weight.shape
         other = small(1)
         common.fit_pruned(other, net.state_dict())
         other.load_state_dict(net.state_dict())
