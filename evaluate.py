@@ -1449,7 +1449,7 @@ def coronal(volume, mask, step, zoom):
 UNITS = torch.tensor([1.0] * 3 + [1 / 60] * 9)      # of the 12 dof: each moves the brain's edge, 60 mm from its centre, by about 1 mm
 FLAT = torch.tensor([math.inf, math.inf, 0, 0, 0, math.inf, 15, 15, 0, math.inf, 0, 0])        # 6 in the plane of a slice, scale within 30 %
 TILT = torch.tensor([math.inf, math.inf, 0, *[math.radians(10) * 60] * 2, math.inf, 15, 15, 0, math.inf, 0, 0])
-NEAR = 0.09         # nats below the best: levels as good as that are in the interval of a single slice; so it held 12 of 13 slices of known place
+NEAR = 0.09         # nats below the best: levels as good as that are in the interval of a single slice; so it held 15 of 16 slices of known place
 extent_of = lambda shape, spacing: torch.tensor([n * s for n, s in zip(shape[::-1], spacing[::-1])], dtype=torch.float32)
 carried = lambda matrix, points: points @ matrix[:, :3].T + matrix[:, 3]
 
@@ -1555,17 +1555,17 @@ class Template:
         return self.mm(self.at[:n]) - self.centre, (self.levels[mm][tuple(self.at[:n].T)] * 31.999).long()
 
 
-def brain_of(image, spacing):
-    """An image (Z,H,W) without its skull, in [0,1] and at about 2 mm; its spacing; the brain's centre (x, y) mm. Brain: the largest piece of what
-    has 0.6 to 1.6 times (fat has more) the head's inner median, opened by 5 mm in plane (that cuts the scalp off), grown 3 mm more for its fluid.
-    Its edge is soft, so that little hangs on a pixel more or less."""
+def brain_of(image, spacing, clean=False):
+    """An image (Z,H,W) without its skull, in [0,1] and at about 2 mm; its spacing; the brain's centre (x, y) mm. Brain: the largest piece
+    of what is brighter than 0.6 of the head's inner median, opened by 5 mm in plane (that cuts the scalp off), grown 3 mm more for its fluid.
+    clean: nothing brighter than 1.6 of it (fat), and a soft edge, so that little hangs on a pixel; a single slice tells its level by such remains."""
     v, spacing = coarser(torch.from_numpy(np.ascontiguousarray(image)), spacing)
     pool = lambda m, mm: F.max_pool2d(m.float(), [2 * round(mm / s) + 1 for s in spacing[1:]], 1, [round(mm / s) for s in spacing[1:]])
     head = torch.from_numpy(head_mask(v.numpy()))
     inner = 1 - pool(~head, 15) > 0
     middle = v[inner if inner.any() else v > v.min()].median()
-    usual = (0.6 * middle < v) & (v < 1.6 * middle)
-    core = 1 - pool(~usual, 5)
+    fat = (v >= 1.6 * middle) & clean
+    core = 1 - pool((v <= 0.6 * middle) | fat, 5)
     labels, n = components(core[:, ::2, ::2].numpy())
     if n:
         piece = torch.from_numpy(labels == np.bincount(labels.ravel())[1:].argmax() + 1).float()
@@ -1575,7 +1575,7 @@ def brain_of(image, spacing):
     brain = v > v.min() if bare else brain                                    # somebody took the skull away already
     low, high = np.percentile(v[brain & (v > v.min())].numpy(), (1, 99))
     _, y, x = brain.nonzero().float().mean(0).tolist()
-    edge = brain if bare else (v < 1.6 * middle) * blur(brain.float(), 4, (1e3, *spacing[1:]))                # in plane
+    edge = ~fat * blur(brain.float(), 4, (1e3, *spacing[1:])) if clean and not bare else brain             # in plane
     return ((v - low) / max(high - low, 1e-6)).clamp(0, 1) * edge, spacing, ((x + 0.5) * spacing[2], (y + 0.5) * spacing[1])
 
 
@@ -1583,7 +1583,7 @@ def brain_of(image, spacing):
 def register(template, image, spacing):
     """A volume (Z,H,W): matrix, NMI, and NMI of the same place in the volume turned upside down. 12 dof from the template to the patient, from
     1,755 starts (scale, height, depth, pitch, z-scale), on 3,000 to 60,000 points: 4 to 6 s of one core."""
-    brain, spacing, middle = brain_of(image, spacing)
+    brain, spacing, middle = brain_of(image, spacing, clean=True)
     centre = torch.tensor([*middle, len(brain) * spacing[0] / 2])
     extent, reach = extent_of(brain.shape, spacing), torch.full((12,), math.inf)
     starts = torch.cartesian_prod(torch.tensor([0.82, 0.92, 1.03]).log() * 60, torch.linspace(-0.35, 0.4, 13) * extent[2], torch.tensor([-25.0, 0, 25]),
