@@ -1984,11 +1984,14 @@ def channel_sets(net):
 def resize(layer, weight, bias):
     """Gives a layer these parameters, of other widths than it had."""
     layer.weight, layer.bias = nn.Parameter(weight), None if layer.bias is None else nn.Parameter(bias)
-    names = {nn.GroupNorm: ('num_channels',), nn.Linear: ('out_features', 'in_features')}
-    for name, n in zip(next((v for k, v in names.items() if isinstance(layer, k)), ('out_channels', 'in_channels')), weight.shape):
-        setattr(layer, name, n)
-    if isinstance(layer, nn.LayerNorm):
+    if isinstance(layer, nn.GroupNorm):
+        layer.num_channels = len(weight)
+    elif isinstance(layer, nn.LayerNorm):
         layer.normalized_shape = tuple(weight.shape)
+    elif isinstance(layer, nn.Linear):
+        layer.out_features, layer.in_features = weight.shape
+    else:
+        layer.out_channels, layer.in_channels = weight.shape[:2]
 
 
 @torch.no_grad()
@@ -2006,7 +2009,7 @@ def prune_channels(net, score, share):
     k = part - round(share * part)
     if not 0 < k < part:
         fail(f'--prune {share:g}: channels go in equal shares of every norm group and head, here {part} wide; '
-             + (f'give {" or ".join(f"{i / part:.3g}" for i in range(1, part))}' if part > 1 else 'use --prune-how weights'))
+             + (f'give a multiple of {1 / part:.3g}' if part > 1 else 'use --prune-how weights'))
     total, count = [torch.zeros(n) for n in lengths], [0] * len(lengths)
     for m, reads, writes in layers:
         for p, dim, sets in ((m.weight, 0, writes), (m.weight, 1, reads), (m.bias, 0, writes)):
@@ -2028,8 +2031,11 @@ def prune_channels(net, score, share):
     return k, part
 
 
-def fit_pruned(net, weights):
-    """Narrows the layers of a new network to those of a pruned one's weights, so that they can be loaded."""
+def fit_pruned(net, weights, path):
+    """Narrows the layers of a new network to those of a pruned one's weights, so that they can be loaded. Of path, which is named where they cannot."""
+    narrower = [n for n, m in net.named_modules() if isinstance(m, GroupNorm) and len(weights.get(f'{n}.weight', m.weight)) < len(m.weight)]
+    if narrower and 'out.0' not in narrower:
+        fail(f'{path}: was pruned inside its residual blocks alone, by an older version; prune its --init again')
     for name, m in net.named_modules():
         w = weights.get(f'{name}.weight')
         if w is None or w.ndim != m.weight.ndim:
@@ -3548,10 +3554,10 @@ def inflate(weights):
 
 def load_init(net, args):
     """Starts net from --init FILE: a run of ours (its EMA) or a MONAI state dict. Fails when the shapes do not fit."""
-    state = load_checkpoint(args.init)
+    state, theirs = load_checkpoint(args.init), None
     if not isinstance(state, dict):
         fail(f'--init {args.init}: holds a {type(state).__name__}; expected a run of ours or a MONAI state dict')
-    if 'args' in state and 'ema' in state:
+    if {'args', 'ema', 'in_channels'} <= state.keys():
         weights, theirs = state['ema'], {**YOUNGER, **state['args']}
         for name in ('init_target', 'init_range'):
             if getattr(args, name) is not None:
@@ -3582,10 +3588,10 @@ def load_init(net, args):
         if not weights[k.replace('original', '0.dense')]:                                     # the network that was trained, without what its masks hid
             weights[k] = weights[k] * TwoFour().mask(weights[k])
     weights = inflate(plain_names(weights)) if args.inflate else plain_names(weights)
-    if args.model == 'unet' and 'args' in state and [*theirs['channels']] == [*args.channels] and len(weights['conv_in.weight']) < args.channels[0]:
+    if theirs and args.model == 'unet' and [*theirs['channels']] == [*args.channels] and len(weights.get('conv_in.weight', args.channels)) != args.channels[0]:
         if args.sparse24:
             fail(f'--init {args.init}: lacks pruned channels, and --sparse24 would prune it again; leave one of them away')
-        fit_pruned(net, weights)
+        fit_pruned(net, weights, f'--init {args.init}')
     mine, key, pixels = plain_names(net.state_dict()), *(('conv_in.weight', 1) if args.model == 'unet' else ('embed.weight', args.patch ** (3 if args.volume else 2)))
     first, want = weights.get(key), mine[key].shape[1] // pixels - (3 if args.crop else 0)
     more = 0 if first is None or first.ndim != mine[key].ndim else want - first.shape[1] // pixels
@@ -3620,7 +3626,7 @@ def load_run(path, device='cpu', dtype='fp32', weights='ema'):
     tensors = state['ema'] if weights == 'ema' else state.get('net')
     if tensors is None:
         fail(f'{path}: holds no raw weights; use --weights ema, and no --lora-scale')
-    fit_pruned(net, tensors)
+    fit_pruned(net, tensors, path)
     if weights not in ('ema', 'raw'):
         tensors = {k: v.lerp(state['ema'][k], weights) if v.is_floating_point() else v for k, v in tensors.items()}
     net.load_state_dict(tensors)

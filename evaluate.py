@@ -1675,10 +1675,10 @@ def atlas(args):
         if p['synthetic'] or names[p['folder'].name] > 1:
             fail(f'--data {p["root"]}: ' + ('is synthetic; give it with --fake' if p['synthetic'] else f'another root has a folder {p["folder"].name} too'))
     file = out / 'atlas.json'
-    stamp = hashlib.sha256(Path(args.template).read_bytes() + Path(args.labels).read_bytes()).hexdigest()[:16]
+    stamp = hashlib.sha256(Path(args.template).read_bytes() + Path(args.labels).read_bytes() + b'2').hexdigest()[:16]          # 2: of register
     state = json.loads(file.read_text()) if file.exists() else dict(template=stamp, patients={}, fakes={})
     if state['template'] != stamp:
-        fail(f'--out {out}: was made with another --template or --labels; choose another')
+        fail(f'--out {out}: was made with another --template, --labels or version of this program; choose another')
     done, targets = state['patients'], {p['folder'].name: (p['folder'] if args.write else out / p['folder'].name) / 'parc.nii.gz' for p in patients}
     sha = lambda data: hashlib.sha256(data).hexdigest()[:16]
     for name, target in targets.items():

@@ -653,7 +653,7 @@ def main(args):
         x_0, mask, extra = (v if v is None else v.to(device) for v in batch(rows[:few]))
         prune(net, process, args, process.to_range(x_0), mask_condition(mask, args.p_uncond, near=near(rows[:few])), request_tokens(mask, args), extra)
     if state:
-        fit_pruned(net, state['net'])
+        fit_pruned(net, state['net'], out)
         net.load_state_dict(state['net'])
     net = channels_last(net)
     ema = EMA(net, args.ema_decay)

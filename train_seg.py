@@ -124,7 +124,7 @@ def main(args):
         x_0, extra = (v if v is None else v.to(device) for v in batch(rows[:args.batch_size if args.volume else 64]))
         prune(net, process, args, process.to_range(x_0), None, request_tokens(x_0, args), extra)
     if state:
-        fit_pruned(net, state['net'])
+        fit_pruned(net, state['net'], out)
         net.load_state_dict(state['net'])
     net = channels_last(net)
     ema = EMA(net, args.ema_decay)

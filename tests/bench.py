@@ -183,7 +183,7 @@ def table(arms, shape, args):
         for arm in arms:
             train, forward = times[arm, 'train'], times[arm, 'forward']
             row = [f'{net} {size}² x {batch}', dtype, arm, f'{1e3 * statistics.median(train):.4g}', f'{batch / statistics.median(train):.4g}',
-                   f'{1e3 * statistics.median(forward):.4g}', f'{memory[arm]:.0f}', f'{flops / statistics.median(train) / peak:.0%}',
+                   f'{1e3 * statistics.median(forward):.4g}', f'{memory[arm]:.0f}', '' if 'pruned' in arm else f'{flops / statistics.median(train) / peak:.0%}',
                    *(ratio(times[arms[0], kind], times[arm, kind]) for kind in ('train', 'forward'))]
             print('| ' + ' | '.join(row) + ' |', flush=True)
 

@@ -85,7 +85,7 @@ def test_train_resume_sample(phantom, tmp_path, flags):
 
 @pytest.mark.parametrize('flags', [['--prune-by', 'magnitude'], ['--prune-by', 'taylor'], ['--prune-how', 'weights']], ids=' '.join)
 def test_pruned_run_goes_on(phantom, tmp_path, flags):
-    """A run loses a third of its channels, or of its weights, on the card, and trains on with what is left."""
+    """A run loses a quarter of its channels, or a third of its weights, on the card, and trains on with what is left."""
     every = ['--preset', 'tiny', '--rflow', '--data', str(phantom), '--cache', str(tmp_path / 'c'), '--device', 'cuda', '--iters', '2']
     train_bravo.main(train_bravo.get_args([*every, '--out', str(tmp_path / 'dense')]))
     train_bravo.main(train_bravo.get_args([*every, '--out', str(tmp_path / 'cut'), '--init', str(tmp_path / 'dense'), '--prune', '0.3', *flags]))

@@ -15,6 +15,7 @@ import sample
 import train_bravo
 from common import (DDPM, EMA, Curriculum, PureBF16, RFlow, TwoFour, UNet, build_optimizer, generator, load_checkpoint, load_run, lr_at, prune, quantile,
                     sparse_layers, sparsify, stage_of, stochastic)
+from test_errors import refused
 from test_reliability import assert_same_run, code, signal_at
 from test_training import scramble
 
@@ -393,7 +394,7 @@ def test_prune(how, by, capsys):
             assert b.norm2.num_groups == a.norm2.num_groups and b.norm2.num_channels == a.norm2.num_channels // 2 == b.conv2.out_channels
         assert net.conv_in.out_channels == old.conv_in.out_channels // 2 and net.time_embed[0].weight.shape == old.time_embed[0].weight.shape
         other = small(1)
-        common.fit_pruned(other, net.state_dict())
+        common.fit_pruned(other, net.state_dict(), 'run')
         other.load_state_dict(net.state_dict())
         assert torch.equal(other(x_0.repeat(1, 2, 1, 1), t), net(x_0.repeat(1, 2, 1, 1), t))
         return
@@ -438,7 +439,7 @@ def test_cheaper_weights_for_every_model(call, phantom, tmp_path, model):
 
 
 @pytest.mark.parametrize('how', ['weights', 'channels'])
-def test_a_pruned_run_is_a_run(call, trained, phantom, tmp_path, monkeypatch, how):
+def test_a_pruned_run_is_a_run(call, trained, phantom, tmp_path, monkeypatch, capsys, how):
     """--init, --prune and the training after it in one command; resumes, is smaller on disk, samples, and can be the start of another run."""
     flags = ['--rflow', '--init', trained / 'bravo', '--prune', 0.3, '--prune-how', how]
     run = resumes(call, tmp_path, monkeypatch, 'bravo', *flags)
@@ -447,6 +448,16 @@ def test_a_pruned_run_is_a_run(call, trained, phantom, tmp_path, monkeypatch, ho
     call('sample', tmp_path / 'set', '--bravo', run, '--data', phantom, '--n', 2, '--steps', 2)
     again = call('bravo', tmp_path / 'again', '--rflow', '--init', run)
     assert size(again) == size(run)
+    if how == 'channels':
+        refused(capsys, ['--init', 'lacks pruned channels', '--sparse24'], call, 'bravo', tmp_path / 'sparse', '--rflow', '--init', run, '--sparse24')
+        refused(capsys, ['--prune 0.05', '4 wide', 'multiple of 0.25'], call, 'bravo', tmp_path / 'few', '--rflow', '--init', trained / 'bravo', '--prune', 0.05)
+        state = load_checkpoint(trained / 'bravo')                           # as an older version left it: a whole group fewer inside a block
+        for name, dim in (('conv1.weight', 0), ('conv1.bias', 0), ('time.weight', 0), ('time.bias', 0), ('norm2.weight', 0), ('norm2.bias', 0), ('conv2.weight', 1)):
+            key = f'down_blocks.0.resnets.0.{name}'
+            state['ema'][key] = state['ema'][key].narrow(dim, 0, 4)
+        (tmp_path / 'old').mkdir()
+        torch.save(state, tmp_path / 'old/ckpt.pt')
+        refused(capsys, ['old', 'older version', 'prune'], load_run, tmp_path / 'old')
 
 
 # -- knowing before, remembering less ----------------------------------------------------------------------------------

@@ -13,6 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import analysis
 import common
+import draft
+import evaluate
 import sample
 import train_bravo
 from common import (LESIONS, SIZES, TOKEN, Attention, Block, JointBlock, Mamba, MMDiT, Tokens, attention, cross_merge, cross_scan, generator,
@@ -329,7 +331,7 @@ def test_runs(call, tmp_path, model):
 
 
 @pytest.mark.parametrize('model', ['unet', 'mmdit'])
-def test_an_image_model_is_told_of_its_lesions(call, phantom, cache, tmp_path, monkeypatch, model):
+def test_an_image_model_is_told_of_its_lesions(call, phantom, cache, detector, tmp_path, monkeypatch, model):
     """train_bravo.py --controllable: the tokens say what the mask holds, or with the mask nothing; in MMDiT they follow its patches. Drawn with
     the null's tokens, or with half the weight on them (guidance), the images are others; pairs, reflow and attention know them too."""
     given, tokens = [], train_bravo.request_tokens
@@ -350,6 +352,16 @@ def test_an_image_model_is_told_of_its_lesions(call, phantom, cache, tmp_path, m
     with monkeypatch.context() as patch:
         patch.setattr(sample, 'request_tokens', lambda mask, args: lesion_tokens([None] * len(mask)))
         assert (images(draw('untold')) != plain).any()
+    real = common.load_slices([phantom], 16, ('bravo',), load_run(run).box, cache=cache)
+    where = np.flatnonzero([r['tumour'] > 0 for r in real.table])[:3]
+    again = lambda: evaluate.redraw(load_run(run, weights='raw'), real.images[where], real.masks[where], [0.5] * 3, 1.0, 0, 'cpu')
+    drawn, seen = again(), []
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, 'request_tokens', lambda mask, args: lesion_tokens([None] * len(mask)))
+        assert (again() != drawn).any()
+        patch.setattr(draft, 'request_tokens', lambda mask, args: seen.append(tokens(mask, args)) or seen[-1])
+        call('draft', tmp_path / 'draft', '--bravo', run, '--reward', detector(), '--iters', 1)
+    assert seen and all(t.shape[1:] == (1 + LESIONS, TOKEN) for t in seen)
     pairs = draw('pairs', '--pairs')
     call('bravo', tmp_path / 'reflow', '--model', model, '--rflow', '--p-uncond', 0.3, '--controllable', '--reflow', pairs, '--init', run, '--iters', 1)
     analysis.main(analysis.get_args([str(v) for v in ('attention', run, '--data', phantom, '--cache', cache, '--n', 4, '--times', '.5', '--device', 'cpu',
