@@ -691,7 +691,7 @@ def heat(image, value, mask, zoom):
 def attention_maps(args):
     """Attention on the way from noise to image (x_t of the solver, not noised real images), averaged over heads; then x0_hat at the same x_t with the
     mask taken away or mirrored. Attention is not attribution: it says where a layer reads, the second what the output owes to the mask."""
-    device, out = setup(args), Path(args.out)
+    device = setup(args)
     run = load_single(args.run, device)
     net, size, bravo = run.net, run.args.size, run.args.script == 'bravo'
     if not any(isinstance(m, (Attention, JointBlock)) for m in net.modules()):
@@ -737,6 +737,13 @@ def attention_maps(args):
         with watching(net, see):
             own = denoise(x, t)[0]
         changes.append([(run.process.from_range(f(x, t)[0]) - run.process.from_range(own))[:, 0].abs().cpu().numpy() for f in away])
+    report_attention(args, run, found, changes, [round(t, 6) for t, _ in kept], images, region[:, 0].cpu().numpy() > 0, use)
+
+
+def report_attention(args, run, found, changes, times, images, R, use):
+    """attention.csv and .json, lift.png, attention.png of what attention_maps saw: found, a dict for each look; changes, for each of `times` what x0_hat
+    lost without the mask and with it mirrored, (N,S,S) each; images and their tumours R (N,S,S), of which `use` have one."""
+    out, bravo = Path(args.out), run.args.script == 'bravo'
     out.mkdir(parents=True, exist_ok=True)
     numbers_ = ('lift', 'mirror', 'elsewhere', 'auroc')
     mean = lambda rows: [float(np.nanmean([r[k] for r in rows])) if any(r[k] == r[k] for r in rows) else math.nan for k in numbers_]
@@ -744,7 +751,7 @@ def attention_maps(args):
              for layer, to, t in dict.fromkeys((r['layer'], r['to'], r['t']) for r in sorted(found, key=lambda r: (r['to'], r['layer'], -r['t'])))]
     header = ['layer', 'to', 't', 'lift', 'lift of mirror', 'mirror on tumour', 'AUROC']
     write_csv(out / 'attention.csv', header, table)
-    about = dict(run=run.hash, images=len(use), times=[round(t, 6) for t, _ in kept])
+    about = dict(run=run.hash, images=len(use), times=times)
     layers = list(dict.fromkeys((r['layer'], r['to']) for r in found))
     for layer, to in layers:                                       # layers do opposite things: no mean over them
         per = np.array([mean([r for r in found if (r['image'], r['layer'], r['to']) == (b, layer, to)]) for b in use])
@@ -756,20 +763,20 @@ def attention_maps(args):
                 told[k] = [float(v.mean()), *map(float, np.percentile(draws, (2.5, 97.5)))]
         print0(f'{layer} to {to}, mean of t: ' + ', '.join('{} {:.2f} [{:.2f}, {:.2f}]'.format(k, *v) for k, v in told.items()))
     print0('lift 1 and AUROC 0.5: chance; 95 % over images')
-    R, body = region[:, 0].cpu().numpy() > 0, np.stack([head_mask(i[None])[0] for i in images])
+    body = np.stack([head_mask(i[None])[0] for i in images])
     M = np.flip(R, 2) & ~R
     spots = {'tumour': R, 'mirror': M, 'rest of head': body & ~R & ~M}
     for k, what in enumerate(('removed', 'mirrored') if bravo else ()):
-        rows = [[f'{t:g}', *(float(np.nanmean([c[k][b][s[b]].mean() if s[b].any() else math.nan for b in use])) for s in spots.values())] for (t, _), c in zip(kept, changes)]
+        rows = [[f'{t:g}', *(float(np.nanmean([c[k][b][s[b]].mean() if s[b].any() else math.nan for b in use])) for s in spots.values())] for t, c in zip(times, changes)]
         about[f'mask {what}'] = rows
         print0(f'mask {what}: mean |change of x0_hat|')
         print_table(['t', *spots], [[r[0], *(f'{v:.3f}' for v in r[1:])] for r in rows])
     atomic_write(out / 'attention.json', json.dumps(about, indent=1).encode())
     of = lambda which, t: [r for r in found if (r['layer'], r['to']) == which and r['t'] == t]
-    plot(out / 'lift.png', {f'{w[0][-24:]} to {w[1]}': (about['times'], [mean(of(w, t))[0] for t in about['times']]) for w in layers[:8]},
+    plot(out / 'lift.png', {f'{w[0][-24:]} to {w[1]}': (times, [mean(of(w, t))[0] for t in times]) for w in layers[:8]},
          'attention of the tumour on itself or its mask', 't (0: image, 1: noise)', 'times chance')
-    zoom, rows, labels, middle = max(1, 128 // size), [], [], about['times'][len(kept) // 2]
-    shown = [layers[i] for i in sorted({round(v) for v in np.linspace(0, len(layers) - 1, max(len(kept), 4))})]
+    zoom, rows, labels, middle = max(1, 128 // run.args.size), [], [], times[len(times) // 2]
+    shown = [layers[i] for i in sorted({round(v) for v in np.linspace(0, len(layers) - 1, max(len(times), 4))})]
     for b in sorted(use, key=lambda b: -R[b].sum())[:4]:
         maps = [next(r['map'] for r in of(w, middle) if r['image'] == b) for w in shown]
         rows.append([outline(images[b], R[b], (90, 220, 255), zoom), *(heat(images[b], m.reshape(-1, math.isqrt(m.size)), R[b], zoom) for m in maps)])
@@ -779,7 +786,7 @@ def attention_maps(args):
             labels.append('no mask')
     save_grid(out / 'attention.png', rows, labels)
     print0(f'look at {out}/attention.png: where the tumour looks at t = {middle:g} in {", ".join(f"{a} to {b}" for a, b in shown)}'
-           + (f'; what goes without the mask at t = {", ".join(f"{t:g}" for t in about["times"])}' if bravo else '') + '; and lift.png')
+           + (f'; what goes without the mask at t = {", ".join(f"{t:g}" for t in times)}' if bravo else '') + '; and lift.png')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
