@@ -1998,8 +1998,8 @@ def resize(layer, weight, bias):
 def prune_channels(net, score, share):
     """Takes the same share of every set of channels out of a U-Net, in place: those with the smallest mean score over all that hangs on them.
 
-    The share is rounded to what leaves every norm group and every head as many: with groups of 4, 8 and 12 to quarters. A group's statistics
-    are then of what is left of it; a head's products keep their scale. Returns how many stay of how many.
+    The share is rounded, by 0.1 at most, to what leaves every norm group and every head as many: with groups of 4, 8 and 12 to quarters. A group's
+    statistics are then of what is left of it; a head's products keep their scale. Returns how many stay of how many.
     """
     lengths, layers = channel_sets(net)
     attentions = [m for m in net.modules() if isinstance(m, Attention)]
@@ -2007,7 +2007,7 @@ def prune_channels(net, score, share):
     part = math.gcd(*(m.num_channels // m.num_groups for m, *_ in layers if isinstance(m, nn.GroupNorm)),
                     *(q.in_features // m.heads for m, (q, _) in zip(attentions, queries)))
     k = part - round(share * part)
-    if not 0 < k < part:
+    if not 0 < k < part or abs(1 - k / part - share) > 0.1:
         fail(f'--prune {share:g}: channels go in equal shares of every norm group and head, here {part} wide; '
              + (f'give a multiple of {1 / part:.3g}' if part > 1 else 'use --prune-how weights'))
     total, count = [torch.zeros(n) for n in lengths], [0] * len(lengths)

@@ -381,12 +381,12 @@ def test_prune(how, by, capsys):
     levels = [float(at(k).detach()) for k in ts]
     sum(at(k) for k, v in zip(ts, levels) if v > 0.05 * max(levels)).backward()
     score = lambda w: (w * w.grad if by == 'taylor' else w).abs().detach()
-    prune(net, process, prune_args(how, by), x_0, mask)
+    prune(net, process, prune_args(how, by, 0.5 if how == 'channels' else 0.3), x_0, mask)
     if how == 'channels':
         gone = n - sum(p.numel() for p in net.parameters())
         assert f'{gone} of {n}' in capsys.readouterr().out
         blocks = lambda v: [m for m in v.modules() if isinstance(m, common.ResBlock)]
-        for a, b in zip(blocks(old), blocks(net)):                               # 0.3 of parts of 2 is 1: half of each norm group
+        for a, b in zip(blocks(old), blocks(net)):                               # one of each norm group of 2, two of 4
             at = torch.cat([score(w).reshape(len(w), -1) for w in (a.conv1.weight, a.conv1.bias, a.time.weight, a.time.bias, a.norm2.weight, a.norm2.bias)]
                            + [score(a.conv2.weight).transpose(0, 1).flatten(1)], 1).mean(1).view(-1, 2)
             keep = at.argmax(1) + torch.arange(0, at.numel(), 2)
