@@ -1925,50 +1925,57 @@ def channels_last(net):
 
 
 def channel_sets(net):
-    """Which channels of a U-Net go together: the length of each set, and of each layer the sets that it reads and writes, in order (None: all of
-    these stay). A sum ties what it adds up, a skip is read twice, queries go with their keys, GEGLU's values with their gates."""
+    """Which channels of a U-Net go together: the length of each set, and of each layer the sets that it reads and writes (None: all of these
+    stay). A sum ties what it adds up, a skip is read twice, queries go with their keys, GEGLU's values with their gates."""
     lengths, layers = [], []
 
     def new(n):
         lengths.append(n)
         return [len(lengths) - 1]
 
-    def layer(m, reads, writes):
-        layers.append((m, reads, writes))
-        return writes
-
     def res(m, x):
         inside, own = new(m.conv1.out_channels), isinstance(m.skip, nn.Identity)
-        layer(m.norm1, None, x), layer(m.conv1, x, inside), layer(m.time, None, inside), layer(m.norm2, None, inside)
-        return layer(m.conv2, inside, x if own else layer(m.skip, x, new(m.conv2.out_channels)))
+        out = x if own else new(m.conv2.out_channels)
+        layers.extend([(m.norm1, None, x), (m.conv1, x, inside), (m.time, None, inside), (m.norm2, None, inside), (m.conv2, inside, out)])
+        layers.extend([] if own else [(m.skip, x, out)])
+        return out
 
     def heads(m, x, context=False):
         n = (m.q if context else m.qkv).in_features
         qk, v = new(n), x if isinstance(m.out, nn.Identity) else new(n)
-        (layer(m.q, x, qk), layer(m.kv, None, qk + v)) if context else layer(m.qkv, x, qk + qk + v)
-        layer(m.out, v, x) if v is not x else None
+        layers.extend([(m.q, x, qk), (m.kv, None, qk + v)] if context else [(m.qkv, x, qk + qk + v)])
+        layers.extend([] if v is x else [(m.out, v, x)])
 
     def attend(m, x):
-        layer(m.norm, None, x)
+        layers.append((m.norm, None, x))
         if isinstance(m, SpatialAttention):
             return heads(m.attn, x)
         p, f = new(m.proj_in.out_channels), new(m.ff2.in_features)
-        layer(m.proj_in, x, p), heads(m.attn1, p), heads(m.attn2, p, True), layer(m.ff1, p, f + f), layer(m.ff2, f, p), layer(m.proj_out, p, x)
-        [layer(norm, None, p) for norm in (m.norm1, m.norm2, m.norm3)]
+        heads(m.attn1, p)
+        heads(m.attn2, p, context=True)
+        layers.extend([(m.proj_in, x, p), *((norm, None, p) for norm in (m.norm1, m.norm2, m.norm3)), (m.ff1, p, f + f), (m.ff2, f, p), (m.proj_out, p, x)])
 
     def level(block, x, skips=None, keep=None):                               # as in forward
         for i, m in enumerate(block.resnets):
             x = res(m, x if skips is None else x + skips.pop())
-            attend(block.attentions[i], x) if len(block.attentions) else None
-            keep.append(x) if keep is not None else None
+            if len(block.attentions):
+                attend(block.attentions[i], x)
+            if keep is not None:
+                keep.append(x)
         if 'resample' in block:
             m = block['resample']
-            m = m.conv if isinstance(m, Upsample) else m
-            x = res(m, x) if isinstance(m, ResBlock) else layer(m, x, new(m.out_channels))
-            keep.append(x) if keep is not None else None
+            if isinstance(m, ResBlock):
+                x = res(m, x)
+            else:
+                m = m.conv if isinstance(m, Upsample) else m
+                layers.append((m, x, new(m.out_channels)))
+                x = layers[-1][2]
+            if keep is not None:
+                keep.append(x)
         return x
 
-    x = layer(net.conv_in, None, new(net.conv_in.out_channels))
+    x = new(net.conv_in.out_channels)
+    layers.append((net.conv_in, None, x))
     skips = [x]
     for block in net.down_blocks:
         x = level(block, x, keep=skips)
@@ -1977,8 +1984,7 @@ def channel_sets(net):
     x = res(net.middle_block.resnet_2, x)
     for block in net.up_blocks:
         x = level(block, x, skips)
-    layer(net.out[0], None, x), layer(net.out[2], x, None)
-    return lengths, layers
+    return lengths, layers + [(net.out[0], None, x), (net.out[2], x, None)]
 
 
 def resize(layer, weight, bias):
