@@ -1955,7 +1955,8 @@ def channel_sets(net):
         heads(m.attn2, p, context=True)
         layers.extend([(m.proj_in, x, p), *((norm, None, p) for norm in (m.norm1, m.norm2, m.norm3)), (m.ff1, p, f + f), (m.ff2, f, p), (m.proj_out, p, x)])
 
-    def level(block, x, skips=None, keep=None):                               # as in forward
+    def level(block, x, skips=None, keep=None):
+        """A level as UNet.forward walks it: the sets that come out."""
         for i, m in enumerate(block.resnets):
             x = res(m, x if skips is None else x + skips.pop())
             if len(block.attentions):

@@ -359,14 +359,12 @@ def draw(run, args, keys, what, steps, mask=None, level=None, callback=None, req
     noise = lambda: torch.stack([along(args.rho, [fresh(g) for g in some]) for some in sources]).to(device)
     extra = maisi_extra(run.args, spacing).to(device) if run.args.maisi else level[:, None].to(device) if run.args.slice_level else None
     null = [None] * len(keys)
-    context = lesion_tokens(requests or null).to(device) if run.args.controllable else None
-    nothing = None
-    if mask is not None:                                                     # whose lesions are the request
-        context = request_tokens(mask, run.args)
+    told = lambda asked: lesion_tokens(asked).to(device) if run.args.controllable else None
+    context, nothing = told(requests or null) if mask is None else request_tokens(mask, run.args), None     # a mask's lesions are the request
+    if mask is not None:
         near = mask.new_zeros(len(keys), run.args.neighbours, *mask.shape[2:]) if run.args.neighbours and near is None else near
         mask, nothing = (mask_condition(mask, run.args.p_uncond, present, near) for present in (None, torch.zeros(len(keys))))
-    guidance = None if weight == 1 else Guidance(weight, args.cfg_interval, args.cfg_rescale, nothing,
-                                                 lesion_tokens(null).to(device) if run.args.controllable else None)
+    guidance = None if weight == 1 else Guidance(weight, args.cfg_interval, args.cfg_rescale, nothing, told(null))
     denoise = make_denoise(run.model, run.process, mask, context, extra, args.dtype, clip, guidance)
     more = {'ddim': dict(eta=args.eta), 'adaptive': dict(tol=args.tol or 0.01, pair=args.pair or 'bs23', trace=trace)}.get(name, {})
     return SAMPLERS[name](denoise, noise(), ts, run.process, noise, callback, **more)

@@ -614,7 +614,7 @@ def main(args):
     pairs = read_pairs(args.reflow, args.size, args.split, space) if args.reflow else None
     rows = np.arange(len(pairs.image)) if pairs else rows
     level = torch.tensor([r['level'] for r in data.table])
-    levels = quantiles(level[rows]) if args.slice_level else None            # sample.py draws levels like these for masks that know none
+    levels = quantiles(pairs.level if pairs else level[rows]) if args.slice_level else None            # sample.py draws levels like these for masks that know none
     lower = below(data.table, args.neighbours)
     seen = patients_seen(data, state, args.init, args.latent, sets=[args.reflow])
     print0(f'training on {len(rows)} {"pairs" if pairs else "volumes" if args.volume else "slices"}, held out {len(val)}')

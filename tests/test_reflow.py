@@ -118,6 +118,18 @@ def test_pairs_keep_their_box(pairs, call, trained, phantom, tmp_path):
     assert common.load_run(out).box == (0.1, 0.1, 0.9, 0.9) != tuple(state['box'])
 
 
+def test_levels_are_those_of_the_pairs(pairs, call, tmp_path):
+    """A run that is told levels keeps, for sample.py, those of the pairs that it learned from, however many more than slices they are."""
+    (tmp_path / 'many').mkdir()
+    for f in pairs.glob('*.npz'):
+        shard = {k: np.concatenate([v] * 8) for k, v in np.load(f).items()}
+        np.savez(tmp_path / 'many' / f.name, **dict(shard, level=np.full_like(shard['level'], 0.25)))
+    start = call('bravo', tmp_path / 'start', '--rflow', '--slice-level', '--iters', 1)
+    out = call('bravo', tmp_path / 'out', '--rflow', '--slice-level', '--reflow', tmp_path / 'many', '--init', start, '--iters', 1)
+    levels = [common.load_run(run).levels for run in (start, out)]
+    assert len({*levels[0]}) > 2 and {*levels[1]} == {0.25}
+
+
 def test_pairs_of_no_run(pairs, call, trained, tmp_path, capsys):
     torch.save(common.load_checkpoint(trained / 'bravo')['net'], tmp_path / 'state.pt')
     with pytest.raises(SystemExit) as e:
