@@ -3,7 +3,7 @@ Autoencoder and its AutoencoderKL, DiT and diffusers'.
 
     python tests/bench.py                                    (in an environment with tests/parity/requirements.txt; ten minutes)
     python tests/bench.py --shapes small --precisions fp32 --rounds 20
-    python tests/bench.py --tokens --precisions fp32         (instead: what twice the tokens cost, attention beside Mamba)
+    python tests/bench.py --tokens --precisions fp32         (instead: what twice the tokens cost, attention beside Mamba; what fits)
     python tests/bench.py --lean                             (instead: pure bf16 beside autocast, pruned beside whole; on a GPU 2:4 beside dense too)
 
 Prints the seconds of a training step and of a forward, the ratio peer / ours (median of the rounds, lowest and highest), the
@@ -13,9 +13,12 @@ both let cuDNN choose by trying. They take turns step by step, so that a busy ma
 the CPU's allocator alone is worth.
 """
 import argparse
+import contextlib
 import copy
 import json
+import math
 import re
+import resource
 import statistics
 import subprocess
 import sys
@@ -91,10 +94,11 @@ def make_steps(arm, net, size, batch, device, dtype):
     if net == 'autoencoder':                                                   # the image again, from a drawn latent
         draw = () if arm.startswith('peer') else (torch.randn(batch, 4, size // 4, size // 4, device=device),)
         x, eps, run = x[:, :1], x[:, :1], lambda x, t: model(x, *draw)[0]
+    kernel = (lambda: sdpa_kernel(SDPBackend.MATH)) if 'scores kept' in arm else contextlib.nullcontext
     opt = build_optimizer(model, argparse.Namespace(dtype='pure-bf16' if pure else dtype, lr=1e-5, weight_decay=0.01, seed=0, kahan=False, sparse24=False, prune=0))
 
     def train():
-        with autocast(device, dtype):
+        with autocast(device, dtype), kernel():
             out = run(x, t)
         F.mse_loss(out.float(), eps).backward()
         opt.step()
@@ -102,7 +106,7 @@ def make_steps(arm, net, size, batch, device, dtype):
 
     @torch.no_grad()
     def forward():
-        with autocast(device, dtype):
+        with autocast(device, dtype), kernel():
             run(x, t)
 
     return train, forward
@@ -132,8 +136,18 @@ def flops_of_step(net, size, batch):
     return batch * counter.get_total_flops()
 
 
-def serve(arm, net, size, batch, device, dtype):
-    """The process of an arm: answers 'train' and 'forward' with seconds, 'memory' with the MB its steps took at their peak."""
+def limit_memory(room, device):
+    """From here on this process can take room MB more than it has; what asks for more fails."""
+    if device == 'cuda':
+        torch.cuda.set_per_process_memory_fraction(room * 2 ** 20 / torch.cuda.get_device_properties(0).total_memory)
+    else:
+        taken = 1024 * int(re.search(r'VmData:\s+(\d+)', Path('/proc/self/status').read_text())[1])
+        resource.setrlimit(resource.RLIMIT_DATA, (int(taken + room * 2 ** 20), resource.RLIM_INFINITY))
+
+
+def serve(arm, net, size, batch, device, dtype, room):
+    """The process of an arm: answers 'train' and 'forward' with seconds, nan where they need more than room MB (None: no limit), 'memory' with
+    the MB its steps took at their peak."""
     if arm.startswith('ours') or 'kept' in arm:
         keep_memory()
     torch.backends.cudnn.benchmark = torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = device == 'cuda'
@@ -141,14 +155,25 @@ def serve(arm, net, size, batch, device, dtype):
     steps = dict(zip(('train', 'forward'), make_steps(arm, net, size, batch, device, dtype)))
     high_water = lambda: float(re.search(r'VmHWM:\s+(\d+)', Path('/proc/self/status').read_text())[1]) / 1024
     before = high_water()
+    if room:
+        limit_memory(room, device)
+
+    def seconds(step):
+        try:
+            return timed(step, device)
+        except RuntimeError as e:
+            if 'memory' not in str(e):
+                raise
+            return math.nan
+
     for line in sys.stdin:
         memory = torch.cuda.max_memory_allocated() / 2 ** 20 if device == 'cuda' else high_water() - before
-        print(timed(steps[line.strip()], device) if line.strip() in steps else memory, file=answers, flush=True)
+        print(seconds(steps[line.strip()]) if line.strip() in steps else memory, file=answers, flush=True)
 
 
-def race(arms, net, size, batch, device, dtype, rounds):
-    """Seconds {(arm, kind): [...]} of the arms, which take turns in processes of their own, and the MB each took."""
-    workers = {arm: subprocess.Popen([sys.executable, '-W', 'ignore', __file__, '--serve', json.dumps([arm, net, size, batch, device, dtype])],
+def race(arms, net, size, batch, device, dtype, rounds, room=None):
+    """Seconds {(arm, kind): [...]} of the arms, which take turns in processes of their own with room MB each, and the MB each took."""
+    workers = {arm: subprocess.Popen([sys.executable, '-W', 'ignore', __file__, '--serve', json.dumps([arm, net, size, batch, device, dtype, room])],
                                      stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for arm in arms}
 
     def ask(arm, what):
@@ -235,7 +260,7 @@ def lean(args):
 
 
 def tokens(args, dtype):
-    """Forward and backward of one mixer with twice the tokens; what a block of either takes at 256²."""
+    """Forward and backward of one mixer with twice the tokens; what a block of either takes at 64² and 256²."""
     keep_memory()
     ms = lambda v: f'{1e3 * statistics.median(v):.0f} ms'
     mixers = {'attention': Attention(384, 64).to(args.device), 'Mamba': Mamba(384, 6, 2).to(args.device)}
@@ -256,9 +281,14 @@ def tokens(args, dtype):
         told = ', '.join(f'{side * side} tokens {ms(seconds[name, side])}' for side in (32, 45, 64))
         print(f'one {name} layer of width 384, forward and backward: {told}; x 2 tokens costs x {ratio(seconds[name, 45], seconds[name, 32])} and '
               f'x {ratio(seconds[name, 64], seconds[name, 45])}, x 4 costs x {ratio(seconds[name, 64], seconds[name, 32])}', flush=True)
-    for net in ('one block of Mamba, patch 2', 'one block of attention, patch 2'):
-        times, memory = race(['ours'], net, 256, 1, args.device, dtype, 1)
-        print(f'{net}, 256² x 1 = 16,384 tokens: a training step {ms(times["ours", "train"])}, peak {memory["ours"]:.0f} MB', flush=True)
+    for size in (64, 256):
+        room = None                                                          # Mamba's peak, which attention then has to fit
+        for mixer, arm in (('Mamba', 'ours'), ('attention', 'ours'), ('attention', 'ours, scores kept')):
+            times, memory = race([arm], f'one block of {mixer}, patch 2', size, 1, args.device, dtype, 1, room)
+            room = room or memory[arm]
+            took = times[arm, 'train'][0]
+            told = f'no training step in {room:.0f} MB' if math.isnan(took) else f'a training step {1e3 * took:.0f} ms, peak {memory[arm]:.0f} MB'
+            print(f'one block of {mixer}{arm[4:]}, {size}² in patches of 2, {size * size // 4} tokens: {told}', flush=True)
 
 
 HEADER = ('| shape | precision | arm | train step, ms | images / s | forward, ms | peak memory, MB | of matmul peak | train: peer / this | forward: peer / this |\n'
