@@ -907,7 +907,8 @@ def control(args):
 # ---------------------------------------------------------------------------------------------------------------------
 ARMS = {f'{name}{end}': sets for end in ('', '_aug') for name, sets in
         (('real', ('data',)), ('synthetic', ('fake',)), ('both', ('data', 'fake')), ('gated', ('data', 'gated')))}
-PAIRS = [(f'{a}{end}', f'real{end}') for end in ('', '_aug') for a in ('synthetic', 'both', 'gated')] + [('real_aug', 'real')]
+PAIRS = [(f'{a}{end}', f'{b}{end}') for end in ('', '_aug') for a, b in
+         (('synthetic', 'real'), ('both', 'real'), ('gated', 'real'), ('gated', 'both'))] + [('real_aug', 'real')]
 METRICS = ('Dice', 'lesion-wise Dice', 'lesion recall', 'false positives a slice', 'HD95, mm', 'NSD')
 LESION = ['arm', 'seed', 'patient', 'folder', 'slice', 'lesion', 'diameter', 'area', 'x', 'y', 'count', 'edge', 'hit', 'unit']
 STUDY = ('data', 'fake', 'gated', 'split', 'size', 'engine', 'network', 'kernel', 'optimizer', 'width', 'batch_size', 'iters', 'minutes', 'seed')
