@@ -98,6 +98,7 @@ def get_args(argv=None):
     g.add_argument('--fake', metavar='DIR', help='a set made by sample.py, to compare with the patients\' slices')
     g.add_argument('--write', action='store_true', help='parc.nii.gz beside each patient\'s images, for train_seg.py --anatomy, instead of --out/PATIENT/')
     g = c.add_argument_group('how')
+    g.add_argument('--moved', action='store_true', help='a copy of each volume, moved by a known transform, is registered too: how far apart are the answers?')
     g.add_argument('--n', type=number(int, 8), default=200, help='slices of --fake at most')
     g.add_argument('--repeats', type=number(int, 20), default=200, help='bootstrap draws, of patients')
     g.add_argument('--out', default='runs/atlas', metavar='DIR', help='matrices of all patients; the same command goes on')
@@ -1602,6 +1603,34 @@ def register(template, image, spacing):
     return inverse(torch.cat([A[:, :3], (A[:, 3] + centre - A[:, :3] @ template.centre)[:, None]], 1)), nmi, turned
 
 
+def known_move(shape, spacing):
+    """A turn of 5 degrees about each axis, growth by 5 % and a shift by 3 voxels, about the middle: (3,4), mm to mm. Stacks (slices more than twice
+    as thick as their pixels) move in their planes alone, or what is between the slices would be made up."""
+    free = [1, 1, float(spacing[0] <= 2 * max(spacing[1:]))]
+    turn, grow, middle = math.radians(5) * 60, math.log(1.05) * 60, extent_of(shape, spacing) / 2
+    shift = [3 * s * way * f for s, way, f in zip(spacing[::-1], (1, -1, 1), free)]
+    A = affine(torch.tensor([[*shift, turn * free[2], turn * free[2], turn, grow, grow, grow * free[2], 0, 0, 0]]))[0]
+    return torch.cat([A[:, :3], (A[:, 3] + middle - A[:, :3] @ middle)[:, None]], 1)
+
+
+@torch.no_grad()
+def moved_apart(template, image, spacing, matrix):
+    """A copy of a volume (Z,H,W) after known_move is registered; where do the two answers put the voxels of the brain? RMS difference, voxels.
+    In a stack's plane the copy is made by cubic interpolation, as a linear one smooths the image; volumes that move along z too by a linear one."""
+    move, v = known_move(image.shape, spacing), torch.from_numpy(np.ascontiguousarray(image, np.float32))
+    points = torch.cat([plane((0, 0, *v.shape[1:]), v.shape[1:], spacing, z) for z in range(len(v))])
+    at = (2 * carried(inverse(move), points) / extent_of(v.shape, spacing) - 1).view(*v.shape, 3)
+    if spacing[0] > 2 * max(spacing[1:]):
+        copy = F.grid_sample(v[:, None], at[..., :2], 'bicubic', 'border', align_corners=False)[:, 0].clamp(v.min(), v.max())
+    else:
+        copy = F.grid_sample(v[None, None], at[None], 'bilinear', 'border', align_corners=False)[0, 0]
+    other = register(template, copy.numpy(), spacing)[0]
+    brain, mm, _ = brain_of(image, spacing, clean=True)
+    points = ((brain > 0).nonzero().flip(1) + 0.5) * torch.tensor(mm[::-1])
+    apart = (carried(matrix, points) - carried(other, carried(move, points))) @ torch.linalg.inv(matrix[:, :3]).T / torch.tensor(spacing[::-1])
+    return apart.square().sum(1).mean().sqrt().item()
+
+
 def search(template, image, spacing):
     """A single slice (1,H,W) at every level, 4 mm apart: 6 dof in plane, then tilts up to 10 degrees, then the level itself. Matrix, NMI, the
     template's z at the slice's middle (mm above its lower border), and the levels that are about as good: low, high."""
@@ -1694,7 +1723,8 @@ def atlas(args):
             print0(f'{p["files"]["bravo"]}: has changed since it was registered; again')
             targets[name].unlink(missing_ok=True)                             # ours, as checked above; gone before its line is another
             del done[name]
-        if name in done and targets[name].exists():
+        known = not args.moved or 'moved' in done.get(name, {}) or 'z' in done.get(name, {})
+        if name in done and targets[name].exists() and known:
             done[name] |= file_is
             continue
         (image,), mask, spacing, _ = read_patient(p)
@@ -1709,6 +1739,8 @@ def atlas(args):
             done[name] = dict(matrix=matrix.tolist(), nmi=nmi, seconds=time.process_time() - clock, shape=image.shape, spacing=spacing,
                               **(dict(zip(('z', 'z_low', 'z_high'), (v + template.floor for v in more))) if len(image) == 1 else dict(upside_down=more[0])))
         bounds, matrix = (0, 0, *image.shape[1:]), torch.tensor(done[name]['matrix'])
+        if args.moved and len(image) > 1 and 'moved' not in done[name]:
+            done[name]['moved'] = moved_apart(template, image, spacing, matrix)
         labels = np.stack([labels_at(template, matrix, plane(bounds, bounds[2:], spacing, z), bounds[2:]) for z in range(len(image))])
         data = as_stored(labels, p['files']['bravo'])
         done[name] |= dict(file_is, sha=sha(data), tumour=tumour_counts(mask, grow_labels(labels, spacing[1:])))
@@ -1716,13 +1748,17 @@ def atlas(args):
         targets[name].parent.mkdir(parents=True, exist_ok=True)
         atomic_write(targets[name], data)
     here = [done[p['folder'].name] for p in patients]
-    write_csv(out / 'atlas.csv', ['patient', 'nmi', 'upside_down', 'z', 'z_low', 'z_high', 'tumour', 'in_ventricles', 'outside_brain', 'seconds'],
-              [[n, d['nmi'], *(d.get(k, '') for k in ('upside_down', 'z', 'z_low', 'z_high')), *d['tumour'], f'{d["seconds"]:.1f}'] for n, d in zip(names, here)])
+    some = ['upside_down', 'z', 'z_low', 'z_high', *(['moved'] if args.moved else [])]                           # of volumes, of slices
+    write_csv(out / 'atlas.csv', ['patient', 'nmi', *some, 'tumour', 'in_ventricles', 'outside_brain', 'seconds'],
+              [[n, d['nmi'], *(d.get(k, '') for k in some), *d['tumour'], f'{d["seconds"]:.1f}'] for n, d in zip(names, here)])
     spread = lambda v: '{:.3f} to {:.3f}, median {:.3f}'.format(*np.percentile(v, (0, 100, 50)))
     total, inside, outside = np.sum([d['tumour'] for d in here], 0)
     turned = [d['upside_down'] for d in here if 'upside_down' in d]
     print0(f'{len(here)} patients: NMI {spread([d["nmi"] for d in here])}' + (f' (volumes upside down: {spread(turned)})' if turned else '')
            + f'; of {total} voxels of tumour {inside / max(total, 1):.4f} in ventricles, {outside / max(total, 1):.4f} outside the brain')
+    apart = [d['moved'] for d in here if args.moved and 'moved' in d]
+    if apart:
+        print0(f'a moved copy registered anew: {spread(apart)} voxels apart, {sum(v <= 0.5 for v in apart)} of {len(apart)} within half a voxel')
     atlas_picture(out / 'atlas.png', template, patients, done)
     print0(f'look at {out}/atlas.png: ventricles red, brain green')
     if args.fake:

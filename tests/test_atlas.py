@@ -416,3 +416,26 @@ def test_training(call, parcelled, phantom, tmp_path, capsys):
 def write_slice(root):
     write_patient(root / 'one', {'bravo': np.zeros((32, 32), np.float32)}, None, (1.0, 1.0))
     return root / 'one/bravo.nii.gz'
+
+
+@pytest.mark.parametrize('spacing', [(2.0, 2.0, 2.0), (6.0, 2.0, 2.0)])
+def test_moved_tells_how_far_two_answers_lie_apart(monkeypatch, spacing):
+    """Two registrations that agree are 0 apart; one that is off by 4 mm in x, before the template's scale, 2 voxels."""
+    image, right = np.random.default_rng(0).random((8, 20, 24), np.float32), torch.tensor([[1.1, 0.1, 0, 3], [0, 0.9, 0, 1], [0, 0, 1.2, -2]])
+    move = inverse(evaluate.known_move(image.shape, spacing))
+    after = torch.cat([right[:, :3] @ move[:, :3], (right[:, :3] @ move[:, 3] + right[:, 3])[:, None]], 1)      # the right answer for the copy
+    for off, told in ((0.0, 0.0), (4.0, 2.0)):
+        answer = torch.cat([after[:, :3], (after[:, 3] + right[:, :3] @ torch.tensor([off, 0, 0]))[:, None]], 1)
+        monkeypatch.setattr(evaluate, 'register', lambda template, copy, spacing: (answer, 1.1, 1.0))
+        assert abs(evaluate.moved_apart(None, image, spacing, right) - told) < 1e-4
+
+
+def test_a_moved_copy_is_registered_where_it_went(atlas):
+    """--moved adds a number to each volume and nothing to a single slice; matrices stay; the copy of a stack keeps its slices."""
+    atlas.run('--moved')
+    told = json.loads((atlas.root / 'out/atlas.json').read_text())['patients']
+    assert told['volume']['matrix'] == atlas.told['patients']['volume']['matrix'] and 'moved' not in told['slice'] and told['volume']['moved'] < 0.5
+    rows = (atlas.root / 'out/atlas.csv').read_text().splitlines()
+    assert 'moved' in rows[0].split(',') and len(rows) == 3
+    move = evaluate.known_move((20, 128, 128), (5.0, 1.9, 1.9))
+    assert torch.equal(move[2], torch.tensor([0.0, 0, 1, 0])) and not move[:2, 2].any() and abs(torch.linalg.det(move[:2, :2]) - 1.05 ** 2) < 1e-5
