@@ -98,6 +98,7 @@ def get_args(argv=None):
     g.add_argument('--fake', metavar='DIR', help='a set made by sample.py, to compare with the patients\' slices')
     g.add_argument('--write', action='store_true', help='parc.nii.gz beside each patient\'s images, for train_seg.py --anatomy, instead of --out/PATIENT/')
     g = c.add_argument_group('how')
+    g.add_argument('--copies', type=int, choices=range(len(COPIES) + 1), default=0, help='copies of each volume, moved a little, that are registered too, for the mean answer')
     g.add_argument('--moved', action='store_true', help='a copy of each volume, moved by a known transform, is registered too: how far apart are the answers?')
     g.add_argument('--n', type=number(int, 8), default=200, help='slices of --fake at most')
     g.add_argument('--repeats', type=number(int, 20), default=200, help='bootstrap draws, of patients')
@@ -1452,6 +1453,7 @@ UNITS = torch.tensor([1.0] * 3 + [1 / 60] * 9)      # of the 12 dof: each moves 
 FLAT = torch.tensor([math.inf, math.inf, 0, 0, 0, math.inf, 15, 15, 0, math.inf, 0, 0])        # 6 in the plane of a slice, scale within 30 %
 TILT = torch.tensor([math.inf, math.inf, 0, *[math.radians(10) * 60] * 2, math.inf, 15, 15, 0, math.inf, 0, 0])
 NEAR = 0.09         # nats below the best: levels as good as that are in the interval of a single slice; so it held 15 of 16 slices of known place
+COPIES = ((-4, 0.97, 1.5), (3, 1.03, -0.5), (-7, 1.0, 0.3), (8, 0.98, -1.2))           # degrees, scale and voxels of register_often's
 extent_of = lambda shape, spacing: torch.tensor([n * s for n, s in zip(shape[::-1], spacing[::-1])], dtype=torch.float32)
 carried = lambda matrix, points: points @ matrix[:, :3].T + matrix[:, 3]
 
@@ -1603,30 +1605,54 @@ def register(template, image, spacing):
     return inverse(torch.cat([A[:, :3], (A[:, 3] + centre - A[:, :3] @ template.centre)[:, None]], 1)), nmi, turned
 
 
-def known_move(shape, spacing):
-    """A turn of 5 degrees about each axis, growth by 5 % and a shift by 3 voxels, about the middle: (3,4), mm to mm. Stacks (slices more than twice
-    as thick as their pixels) move in their planes alone, or what is between the slices would be made up."""
-    free = [1, 1, float(spacing[0] <= 2 * max(spacing[1:]))]
-    turn, grow, middle = math.radians(5) * 60, math.log(1.05) * 60, extent_of(shape, spacing) / 2
-    shift = [3 * s * way * f for s, way, f in zip(spacing[::-1], (1, -1, 1), free)]
-    A = affine(torch.tensor([[*shift, turn * free[2], turn * free[2], turn, grow, grow, grow * free[2], 0, 0, 0]]))[0]
+def known_move(shape, spacing, degrees=5, scale=1.05, voxels=3):
+    """A turn about each axis, a scale and a shift, about the middle: (3,4), mm to mm. Stacks (slices more than twice as thick as their pixels)
+    move in their planes alone, or what is between the slices would be made up."""
+    free = float(spacing[0] <= 2 * max(spacing[1:]))
+    turn, grow, middle = math.radians(degrees) * 60, math.log(scale) * 60, extent_of(shape, spacing) / 2
+    shift = [voxels * s * way for s, way in zip(spacing[::-1], (1, -1, free))]
+    A = affine(torch.tensor([[*shift, turn * free, turn * free, turn, grow, grow, grow * free, 0, 0, 0]]))[0]
     return torch.cat([A[:, :3], (A[:, 3] + middle - A[:, :3] @ middle)[:, None]], 1)
 
 
-@torch.no_grad()
-def moved_apart(template, image, spacing, matrix):
-    """A copy of a volume (Z,H,W) after known_move is registered; where do the two answers put the voxels of the brain? RMS difference, voxels.
-    In a stack's plane the copy is made by cubic interpolation, as a linear one smooths the image; volumes that move along z too by a linear one."""
-    move, v = known_move(image.shape, spacing), torch.from_numpy(np.ascontiguousarray(image, np.float32))
+def moved_copy(image, spacing, move):
+    """A volume (Z,H,W) after a known_move. A stack's by cubic interpolation in its planes, as a linear one smooths; volumes that move along z too by
+    a linear one."""
+    v = torch.from_numpy(np.ascontiguousarray(image, np.float32))
     points = torch.cat([plane((0, 0, *v.shape[1:]), v.shape[1:], spacing, z) for z in range(len(v))])
     at = (2 * carried(inverse(move), points) / extent_of(v.shape, spacing) - 1).view(*v.shape, 3)
     if spacing[0] > 2 * max(spacing[1:]):
-        copy = F.grid_sample(v[:, None], at[..., :2], 'bicubic', 'border', align_corners=False)[:, 0].clamp(v.min(), v.max())
-    else:
-        copy = F.grid_sample(v[None, None], at[None], 'bilinear', 'border', align_corners=False)[0, 0]
-    other = register(template, copy.numpy(), spacing)[0]
+        return F.grid_sample(v[:, None], at[..., :2], 'bicubic', 'border', align_corners=False)[:, 0].clamp(v.min(), v.max()).numpy()
+    return F.grid_sample(v[None, None], at[None], 'bilinear', 'border', align_corners=False)[0, 0].numpy()
+
+
+def brain_points(image, spacing):
+    """Middles of the voxels of about 2 mm of the brain, (N,3) mm."""
     brain, mm, _ = brain_of(image, spacing, clean=True)
-    points = ((brain > 0).nonzero().flip(1) + 0.5) * torch.tensor(mm[::-1])
+    return ((brain > 0).nonzero().flip(1) + 0.5) * torch.tensor(mm[::-1])
+
+
+@torch.no_grad()
+def register_often(template, image, spacing, copies):
+    """register() of a volume and of copies that are moved a little, brought back: the mean matrix of the answers within 3 voxels (RMS over the
+    brain) of the one with the highest NMI, and that one's scores. What hangs on where a pixel falls goes with the mean. 0 copies: register()."""
+    told = [register(template, image, spacing)]
+    if not copies:
+        return told[0]
+    for how in COPIES[:copies]:
+        move = known_move(image.shape, spacing, *how)
+        matrix, *scores = register(template, moved_copy(image, spacing, move), spacing)
+        told.append((torch.cat([matrix[:, :3] @ move[:, :3], (matrix[:, :3] @ move[:, 3] + matrix[:, 3])[:, None]], 1), *scores))
+    best, points = max(told, key=lambda answer: answer[1]), brain_points(image, spacing)
+    apart = [(carried(m, points) - carried(best[0], points)).square().sum(1).mean().sqrt() for m, *_ in told]
+    return torch.stack([m for (m, *_), mm in zip(told, apart) if mm <= 3 * max(spacing[1:])]).mean(0), *best[1:]
+
+
+@torch.no_grad()
+def moved_apart(template, image, spacing, matrix, copies=0):
+    """A copy of a volume (Z,H,W) after known_move() is registered; where do the two answers put the voxels of the brain? RMS difference, voxels."""
+    move, points = known_move(image.shape, spacing), brain_points(image, spacing)
+    other = register_often(template, moved_copy(image, spacing, move), spacing, copies)[0]
     apart = (carried(matrix, points) - carried(other, carried(move, points))) @ torch.linalg.inv(matrix[:, :3]).T / torch.tensor(spacing[::-1])
     return apart.square().sum(1).mean().sqrt().item()
 
@@ -1705,10 +1731,10 @@ def atlas(args):
         if p['synthetic'] or names[p['folder'].name] > 1:
             fail(f'--data {p["root"]}: ' + ('is synthetic; give it with --fake' if p['synthetic'] else f'another root has a folder {p["folder"].name} too'))
     file = out / 'atlas.json'
-    stamp = hashlib.sha256(Path(args.template).read_bytes() + Path(args.labels).read_bytes() + b'2').hexdigest()[:16]          # 2: of register
+    stamp = hashlib.sha256(Path(args.template).read_bytes() + Path(args.labels).read_bytes() + b'2' + b'+' * args.copies).hexdigest()[:16]          # 2: of register
     state = json.loads(file.read_text()) if file.exists() else dict(template=stamp, patients={}, fakes={})
     if state['template'] != stamp:
-        fail(f'--out {out}: was made with another --template, --labels or version of this program; choose another')
+        fail(f'--out {out}: was made with another --template, --labels, --copies or version of this program; choose another')
     done, targets = state['patients'], {p['folder'].name: (p['folder'] if args.write else out / p['folder'].name) / 'parc.nii.gz' for p in patients}
     sha = lambda data: hashlib.sha256(data).hexdigest()[:16]
     for name, target in targets.items():
@@ -1735,12 +1761,12 @@ def atlas(args):
             del done[name]
         if name not in done:
             clock = time.process_time()
-            matrix, nmi, *more = (search if len(image) == 1 else register)(template, image, spacing)
+            matrix, nmi, *more = search(template, image, spacing) if len(image) == 1 else register_often(template, image, spacing, args.copies)
             done[name] = dict(matrix=matrix.tolist(), nmi=nmi, seconds=time.process_time() - clock, shape=image.shape, spacing=spacing,
                               **(dict(zip(('z', 'z_low', 'z_high'), (v + template.floor for v in more))) if len(image) == 1 else dict(upside_down=more[0])))
         bounds, matrix = (0, 0, *image.shape[1:]), torch.tensor(done[name]['matrix'])
         if args.moved and len(image) > 1 and 'moved' not in done[name]:
-            done[name]['moved'] = moved_apart(template, image, spacing, matrix)
+            done[name]['moved'] = moved_apart(template, image, spacing, matrix, args.copies)
         labels = np.stack([labels_at(template, matrix, plane(bounds, bounds[2:], spacing, z), bounds[2:]) for z in range(len(image))])
         data = as_stored(labels, p['files']['bravo'])
         done[name] |= dict(file_is, sha=sha(data), tumour=tumour_counts(mask, grow_labels(labels, spacing[1:])))
