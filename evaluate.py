@@ -1456,6 +1456,8 @@ NEAR = 0.09         # nats below the best: levels as good as that are in the int
 COPIES = ((-4, 0.97, 1.5), (3, 1.03, -0.5), (-7, 1.0, 0.3), (8, 0.98, -1.2))           # degrees, scale and voxels of register_often's
 extent_of = lambda shape, spacing: torch.tensor([n * s for n, s in zip(shape[::-1], spacing[::-1])], dtype=torch.float32)
 carried = lambda matrix, points: points @ matrix[:, :3].T + matrix[:, 3]
+thick = lambda spacing: spacing[0] > 2 * max(spacing[1:])                     # a stack: what is between its slices would be made up
+rms = lambda d: d.square().sum(1).mean().sqrt().item()                       # length of d (N,3)
 
 
 def affine(q):
@@ -1465,6 +1467,16 @@ def affine(q):
     skew = torch.stack([zero, -r[:, 2], r[:, 1], r[:, 2], zero, -r[:, 0], -r[:, 1], r[:, 0], zero], 1).view(-1, 3, 3)
     shear = torch.stack([one, h[:, 0], h[:, 1], zero, one, h[:, 2], zero, zero, one], 1).view(-1, 3, 3)
     return torch.cat([torch.linalg.matrix_exp(skew) @ shear * s.exp()[:, None], t[:, :, None]], 2)
+
+
+def uncentred(A, here, there):
+    """A map (3,4) of points from their middle, for points from the corner: here (3,) is the middle of what comes in, there of what comes out."""
+    return torch.cat([A[:, :3], (A[:, 3] + there - A[:, :3] @ here)[:, None]], 1)
+
+
+def after(second, first):
+    """The map (3,4) that carries points by first, then by second."""
+    return torch.cat([second[:, :3] @ first[:, :3], carried(second, first[None, :, 3]).T], 1)
 
 
 def inverse(matrix):
@@ -1602,17 +1614,16 @@ def register(template, image, spacing):
             q, told = climb(q[best.flatten()], reach, steps, lr, *about)
     A = affine(q)[0]
     nmi, turned = (explained(q, *about[:3], v, extent, order=0)[1].item() for v in (about[3], about[3].flip(1)))
-    return inverse(torch.cat([A[:, :3], (A[:, 3] + centre - A[:, :3] @ template.centre)[:, None]], 1)), nmi, turned
+    return inverse(uncentred(A, template.centre, centre)), nmi, turned
 
 
 def known_move(shape, spacing, degrees=5, scale=1.05, voxels=3):
-    """A turn about each axis, a scale and a shift, about the middle: (3,4), mm to mm. Stacks (slices more than twice as thick as their pixels)
-    move in their planes alone, or what is between the slices would be made up."""
-    free = float(spacing[0] <= 2 * max(spacing[1:]))
+    """A turn about each axis, a scale and a shift, about the middle: (3,4), mm to mm. Stacks move in their planes alone."""
+    free = float(not thick(spacing))
     turn, grow, middle = math.radians(degrees) * 60, math.log(scale) * 60, extent_of(shape, spacing) / 2
     shift = [voxels * s * way for s, way in zip(spacing[::-1], (1, -1, free))]
     A = affine(torch.tensor([[*shift, turn * free, turn * free, turn, grow, grow, grow * free, 0, 0, 0]]))[0]
-    return torch.cat([A[:, :3], (A[:, 3] + middle - A[:, :3] @ middle)[:, None]], 1)
+    return uncentred(A, middle, middle)
 
 
 def moved_copy(image, spacing, move):
@@ -1621,7 +1632,7 @@ def moved_copy(image, spacing, move):
     v = torch.from_numpy(np.ascontiguousarray(image, np.float32))
     points = torch.cat([plane((0, 0, *v.shape[1:]), v.shape[1:], spacing, z) for z in range(len(v))])
     at = (2 * carried(inverse(move), points) / extent_of(v.shape, spacing) - 1).view(*v.shape, 3)
-    if spacing[0] > 2 * max(spacing[1:]):
+    if thick(spacing):
         return F.grid_sample(v[:, None], at[..., :2], 'bicubic', 'border', align_corners=False)[:, 0].clamp(v.min(), v.max()).numpy()
     return F.grid_sample(v[None, None], at[None], 'bilinear', 'border', align_corners=False)[0, 0].numpy()
 
@@ -1635,17 +1646,17 @@ def brain_points(image, spacing):
 @torch.no_grad()
 def register_often(template, image, spacing, copies):
     """register() of a volume and of copies that are moved a little, brought back: the mean matrix of the answers within 3 voxels (RMS over the
-    brain) of the one with the highest NMI, and that one's scores. What hangs on where a pixel falls goes with the mean. 0 copies: register()."""
+    brain, on the template) of the one with the highest NMI, and that one's scores. What hangs on where a pixel falls goes with the mean. 0 copies: register()."""
     told = [register(template, image, spacing)]
     if not copies:
         return told[0]
     for how in COPIES[:copies]:
         move = known_move(image.shape, spacing, *how)
         matrix, *scores = register(template, moved_copy(image, spacing, move), spacing)
-        told.append((torch.cat([matrix[:, :3] @ move[:, :3], (matrix[:, :3] @ move[:, 3] + matrix[:, 3])[:, None]], 1), *scores))
+        told.append((after(matrix, move), *scores))
     best, points = max(told, key=lambda answer: answer[1]), brain_points(image, spacing)
-    apart = [(carried(m, points) - carried(best[0], points)).square().sum(1).mean().sqrt() for m, *_ in told]
-    return torch.stack([m for (m, *_), mm in zip(told, apart) if mm <= 3 * max(spacing[1:])]).mean(0), *best[1:]
+    agree = [m for m, *_ in told if rms(carried(m, points) - carried(best[0], points)) <= 3 * max(spacing[1:])]
+    return torch.stack(agree).mean(0), *best[1:]
 
 
 @torch.no_grad()
@@ -1653,8 +1664,8 @@ def moved_apart(template, image, spacing, matrix, copies=0):
     """A copy of a volume (Z,H,W) after known_move() is registered; where do the two answers put the voxels of the brain? RMS difference, voxels."""
     move, points = known_move(image.shape, spacing), brain_points(image, spacing)
     other = register_often(template, moved_copy(image, spacing, move), spacing, copies)[0]
-    apart = (carried(matrix, points) - carried(other, carried(move, points))) @ torch.linalg.inv(matrix[:, :3]).T / torch.tensor(spacing[::-1])
-    return apart.square().sum(1).mean().sqrt().item()
+    apart = carried(matrix, points) - carried(after(other, move), points)
+    return rms(apart @ torch.linalg.inv(matrix[:, :3]).T / torch.tensor(spacing[::-1]))
 
 
 def search(template, image, spacing):
@@ -1681,7 +1692,7 @@ def search(template, image, spacing):
     reach[2] = 4
     q, _ = climb(q[k:k + 1], reach, 25, 0.5, *about)
     A = affine(q)[0]
-    matrix = torch.cat([A[:, :3], (A[:, 3] + template.centre - A[:, :3] @ centre)[:, None]], 1)
+    matrix = uncentred(A, centre, template.centre)
     z = float(q[0, 2] + template.centre[2])                                   # may have climbed beyond the levels tried
     with torch.no_grad():
         return matrix, float(explained(q, *about, order=0)[1]), z, min(z, float(good.min()) - 2), max(z, float(good.max()) + 2)

@@ -460,3 +460,16 @@ def test_copies_take_the_mean_of_the_answers_that_agree(monkeypatch):
     assert np.array_equal(asked[0], image) and not any(np.array_equal(copy, image) for copy in asked[1:])
     asked.clear()
     assert evaluate.register_often(None, image, spacing, 0)[0][0, 3] == 5 and len(asked) == 1
+
+
+@pytest.mark.parametrize('spacing', [(2.0, 2.0, 2.0), (6.0, 2.0, 2.0)])
+def test_a_moved_copy_shows_at_the_moved_point_what_was_at_the_point(spacing):
+    """A ramp far from the border: linear interpolation leaves it as it is, torch's cubic one (a = -0.75) in the mean, within a tenth of a pixel."""
+    shape, move = (24, 40, 40), evaluate.known_move((24, 40, 40), spacing)
+    points = torch.cat([plane((0, 0, 40, 40), (40, 40), spacing, z) for z in range(24)])
+    ramp = lambda p: 300 + 2 * p[:, 0] - p[:, 1] + p[:, 2]
+    copy = torch.from_numpy(evaluate.moved_copy(ramp(points).view(shape).numpy(), spacing, move))
+    inner = (slice(8, 16), slice(12, 28), slice(12, 28))
+    error = (copy - ramp(carried(inverse(move), points)).view(shape))[inner]
+    assert error.mean().abs() < 5e-3 and error.abs().max() < (1e-3 if spacing[0] == 2 else 0.4)                       # a pixel in x is 4
+    assert (copy - ramp(points).view(shape))[inner].abs().max() > 5

@@ -58,7 +58,8 @@ def test_nnunet_end_to_end(tmp_path, monkeypatch):
     net = json.loads((root / 'preprocessed/Dataset001_study/nnUNetPlans.json').read_text())['configurations']['2d']
     assert net['patch_size'] == [32, 32] and net['batch_size'] == 4 and net['normalization_schemes'] == ['ZScoreNormalization'] and net['spacing'] == [1, 1]
     fold = root / 'results_0/Dataset001_study/nnUNetTrainerShortNoDA__nnUNetPlans__2d/fold_0'
-    weights = torch.load(fold / 'checkpoint_final.pth', weights_only=False)           # nnU-Net's own pickles, written a moment ago by this test
+    with torch.serialization.safe_globals([np._core.multiarray.scalar, np.dtype, np.dtypes.Float32DType, np.dtypes.Float64DType]):      # of its log
+        weights = torch.load(fold / 'checkpoint_final.pth', weights_only=True)
     own = {k: v for k, v in weights['network_weights'].items() if 'decoder.encoder' not in k and 'all_modules' not in k}           # held twice
     assert weights['current_epoch'] == 20
     assert sum(v.numel() for v in own.values()) == sum(p.numel() for p in evaluate.build_segmenter('nnunet', (32, 32), 8, 3).parameters())
