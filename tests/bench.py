@@ -176,18 +176,19 @@ def race(arms, net, size, batch, device, dtype, rounds, room=None):
     workers = {arm: subprocess.Popen([sys.executable, '-W', 'ignore', __file__, '--serve', json.dumps([arm, net, size, batch, device, dtype, room])],
                                      stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for arm in arms}
 
-    def ask(arm, what):
-        print(what, file=workers[arm].stdin, flush=True)
-        return float(workers[arm].stdout.readline())
+    def ask(what, arms):
+        for arm in arms:
+            print(what, file=workers[arm].stdin, flush=True)
+        return [float(workers[arm].stdout.readline()) for arm in arms]
 
+    for kind in ('train', 'forward') * 2:                                         # to warm up, all at once: compiling takes minutes
+        ask(kind, arms)
     times = {(arm, kind): [] for arm in arms for kind in ('train', 'forward')}
-    for i in range(rounds + 2):
+    for i in range(rounds):
         for kind in ('train', 'forward'):
             for arm in arms if i % 2 else arms[::-1]:                             # neither is always first
-                seconds = ask(arm, kind)
-                if i >= 2:
-                    times[arm, kind].append(seconds)
-    memory = {arm: ask(arm, 'memory') for arm in arms}
+                times[arm, kind] += ask(kind, [arm])
+    memory = dict(zip(arms, ask('memory', arms)))
     for worker in workers.values():
         worker.kill(), worker.wait()
     return times, memory
