@@ -3126,13 +3126,13 @@ class PureBF16(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        """One update of all parameters, written back in bf16 by the chosen rounding. Parameters go through it in bunches of four
-        million numbers: one by one, a GPU would wait for launches; all at once, the fp32 in between would take what bf16 saves."""
+        """One update of all parameters, written back in bf16 by the chosen rounding. Parameters go through it in bunches: one by one, a GPU
+        would wait for launches (so sixteen million numbers there); all at once, the fp32 in between would take what bf16 saves, and a CPU's cache."""
         (b1, b2), g = self.betas, None
         for group in self.param_groups:
             for p in (p for p in group['params'] if p.grad is not None and not self.state[p]):
                 self.state[p].update(step=0, m=torch.zeros_like(p), v=torch.zeros_like(p), **({'lost': torch.zeros_like(p)} if self.kahan else {}))
-            for bunch in bunches((((self.state[p]['step'], p.dtype), p) for p in group['params'] if p.grad is not None), 1 << 22):
+            for bunch in bunches((((self.state[p]['step'], p.dtype), p) for p in group['params'] if p.grad is not None), 1 << (24 if group['params'][0].is_cuda else 20)):
                 step, kind = self.state[bunch[0]]['step'] + 1, bunch[0].dtype
                 stored = stochastic if kind == torch.bfloat16 else lambda x, g: x
                 for p in bunch:
