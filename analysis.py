@@ -80,8 +80,7 @@ def get_args(argv=None):
         if Path(args.file).is_dir() or not Path(args.file).parent.is_dir():
             fail(f'{args.file}: is a folder or lies in none; give the name of a file')
         return args
-    if Path(args.out).exists() and not Path(args.out).is_dir():
-        fail(f'--out {args.out}: is a file; give a folder')
+    check_out(args.out)
     if args.command == 'patients' and bool(args.scores) == bool(args.answers):
         fail('patients: say who judged, with --scores DIR or with --answers DIR; one of them')
     if args.command == 'onset' and args.answers and args.threshold:
@@ -278,8 +277,11 @@ def verdicts(answers, fake):
         if here not in sets.values():
             fail(f'--fake {fake}: people judged {" and ".join(sorted(sets))}, and none of them is this one; give one of these')
         sets = {name: path for name, path in sets.items() if path == here}
+    slices = {}
     for r in answers:
         if r['repeat'] == '0' and r['set'] in sets:
+            if slices.setdefault(r['folder'], r.get('z')) != r.get('z'):
+                fail(f'--fake {fake}: people judged several slices of {r["folder"]}, and images are counted here; give a set of single slices')
             votes.setdefault(r['folder'], Counter())[r['verdict']] += 1
             kinds.setdefault(r['folder'], Counter())[r['class']] += r['class'] != ''
     told = {f: v['bad'] > v['good'] for f, v in votes.items() if v['bad'] != v['good']}

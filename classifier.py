@@ -97,8 +97,7 @@ def get_args(argv=None):
         args.out = args.study or args.out
     if getattr(args, 'split', None) and not Path(args.split).is_file():
         fail(f'--split {args.split}: no such file; expected a CSV with columns patient,part')
-    if Path(args.out).exists() and not Path(args.out).is_dir():
-        fail(f'--out {args.out}: is a file; give a folder')
+    check_out(args.out)
     if args.command == 'corrupt' and Path(args.out).exists() and any(Path(args.out).iterdir()):
         fail(f'--out {args.out}: is not empty; give a new folder')
     if args.command == 'train':

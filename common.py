@@ -188,6 +188,14 @@ def atomic_write(path, data):
         raise
 
 
+def check_out(path):
+    """Fails, before any work, where --out could not be made a folder: it, or what it lies in, is a file or may not be written to."""
+    path = Path(path).absolute()
+    there = next(p for p in (path, *path.parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        fail(f'--out {path}: {"" if there == path else f"{there} "}is {"a folder that may not be written to" if there.is_dir() else "a file"}; give a folder')
+
+
 def make_folder(path, flag):
     """The folder `path`, made where it is missing. Fails naming the flag that asked for it."""
     try:
@@ -700,6 +708,10 @@ def load_slices(roots, size, modalities=('bravo',), box=None, split=None, cache=
     key = lambda *more: hashlib.sha256(repr((FORMAT, stamp, identity, modalities, labels, *more)).encode()).hexdigest()[:20]
     cache = make_folder(cache, '--cache')
     real = [p for p in patients if not p['synthetic']]
+    for root in sorted({p['root'] for p in patients if p['synthetic']}) if training and len(modalities) == 1 else ():
+        note = root / 'sample.json'
+        if note.is_file() and '"dual": [' in note.read_text():
+            print0(f'note: {root} holds pairs, whose images share one scale; real {modalities[0]} is read with its own')
     if box is None and not real:
         box = (0.0, 0.0, 1.0, 1.0)
     if box is None:
@@ -3076,8 +3088,7 @@ def finish_args(args):
     for root in args.data or ():
         if not Path(root).is_dir():
             fail(f'--data {root}: no such folder; give a folder that holds one folder a patient')
-    if Path(args.out).exists() and not Path(args.out).is_dir():
-        fail(f'--out {args.out}: is a file; give a folder')
+    check_out(args.out)
     return args
 
 

@@ -60,8 +60,7 @@ def get_args(argv=None):
             fail(f'--data {root}: no such folder; give a folder that holds one folder a patient')
     if args.batch_size % int(os.environ.get('WORLD_SIZE', 1)):
         fail(f'--batch-size {args.batch_size}: must be a multiple of the processes, {os.environ["WORLD_SIZE"]}')
-    if Path(args.out).exists() and not Path(args.out).is_dir():
-        fail(f'--out {args.out}: is a file; give a folder')
+    check_out(args.out)
     args.script, args.alpha = 'draft', args.alpha or float(args.rank)
     args.checkpoint = args.k > 1 if args.checkpoint is None else args.checkpoint
     return args

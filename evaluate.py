@@ -137,8 +137,7 @@ def get_args(argv=None):
     vgg = getattr(args, 'vgg_weights', None)
     if vgg not in (None, 'none') and not Path(vgg).is_file():
         fail(f'--vgg-weights {vgg}: no such file')
-    if Path(args.out).exists() and not Path(args.out).is_dir():
-        fail(f'--out {args.out}: is a file; give a folder')
+    check_out(args.out)
     if args.command == 'downstream':
         finish_downstream(args)
     return args
@@ -255,13 +254,25 @@ def lesions(masks):
     return counts, np.array(pieces, float).reshape(-1, 4)
 
 
-def real_like(args, made, names=('bravo',), parts=()):
-    """The patients of --data as slices like those that the run behind a set (its sample.json) was trained on: same size, brain box, labels and specks.
-    Its training patients may be in none of the parts that are to be new to it."""
-    data = load_slices(args.data, made['pixels'], names, made['box'], getattr(args, 'split', None), args.cache,
+def real_like(args, made, names=(), parts=()):
+    """The patients of --data as slices like those that the run behind a set (its sample.json) was trained on: same size, brain box, labels, specks
+    and scale, which the images of a pair share. names: all of these images; none: bravo alone. Its training patients may be in none of
+    the parts that are to be new to it."""
+    scale = names or tuple(made.get('dual') or ('bravo',))
+    data = load_slices(args.data, made['pixels'], scale, made['box'], getattr(args, 'split', None), args.cache,
                        made.get('labels'), made.get('speck', 4.0))
+    if not names and 'bravo' in scale:
+        data.images = data.images[:, [scale.index('bravo')]]
     refuse_seen(args.fake, made, data, parts)
     return data
+
+
+def made_rows(root):
+    """The lines of a set's manifest. Fails when there is none: sample.py writes them when it ends."""
+    rows = read_csv(Path(root) / 'manifest.csv')
+    if not rows:
+        fail(f'--fake {root}: manifest.csv holds no patient yet; let the command that made it go on to its end')
+    return rows
 
 
 def refuse_seen(root, made, data, parts):
@@ -844,7 +855,7 @@ def control(args):
     if not made.get('asked'):
         fail(f'--fake {args.fake}: was made without --count, --requests or --hard-cases')
     requests = [np.array([[math.nan if v is None else v for v in lesion] for lesion in r]).reshape(-1, 3) for r in made['asked']]
-    rows = read_csv(Path(args.fake) / 'manifest.csv')
+    rows = made_rows(args.fake)
     got, wish = [], []
     for r in rows:
         mask = read_nifti(Path(args.fake) / r['folder'] / 'seg.nii.gz')[0][0]
@@ -1740,6 +1751,8 @@ def slice_nmi(image, template, matrix, points):
 def atlas(args):
     """Registers every patient once, writes parcellations, atlas.json, atlas.csv and a picture; with --fake measures its slices beside real ones."""
     keep_memory()
+    if args.fake and not all(r.get('level') or json.loads((Path(args.fake) / 'sample.json').read_text()).get('bravo') for r in made_rows(args.fake)):
+        fail(f'--fake {args.fake}: its masks know no level, so there is no place to lay them; train their model with --slice-level')
     out, template = Path(args.out), Template(args.template, args.labels)
     patients = find_patients(args.data, ('bravo', 'seg'))
     names = Counter(p['folder'].name for p in patients)
@@ -1849,7 +1862,7 @@ def compare_slices(args, template, done, state, save):
         rows = [min(rows, key=lambda i: abs(real.table[i]['level'] - level)) for rows in by_patient if real.table[rows[0]]['patient'] != patient]
         return np.mean([tumour_counts(mask, grown[i]) for i in rows], 0)
 
-    rows = read_csv(Path(args.fake) / 'manifest.csv')
+    rows = made_rows(args.fake)
     rows = [rows[i] for i in torch.randperm(len(rows), generator=generator(args.seed, 'atlas')).tolist()[:args.n]]
     table, who, how, levels = [], [], Counter(), {}
     for r in progress(rows, 'slices'):
@@ -1971,11 +1984,11 @@ def dual(args):
     values['leakage'] = np.array([(np.abs(p[3][p[4]]) > cut).mean() if p[5] else math.nan for p in pairs])
 
     def both(k, resample):
-        """One draw: means of fake and test pairs, and W1 of equally many fake, or training, pairs to test pairs, in sd of these."""
+        """One draw: means of fake and test pairs, and W1 of equally many fake, or training, pairs to test pairs, in sd of these (nan where they do not vary)."""
         f, r, t = (draw(rows, patients, generator(args.seed, 'dual', k, name), resample) for rows, name in ((fakes, 'f'), (test, 'r'), (train, 't')))
         n = min(len(f), len(r), len(t))
         return [{**{m: np.nanmean(v[i]) for m, v in values.items()},
-                 **{f'{m}, W1': wasserstein(v[j[:n]], v[r[:n]]) / max(np.nanstd(v[test]), 1e-6) for m, v in values.items()}} for i, j in ((f, f), (r, t))]
+                 **{f'{m}, W1': wasserstein(v[j[:n]], v[r[:n]]) / (np.nanstd(v[test]) or math.nan) for m, v in values.items()}} for i, j in ((f, f), (r, t))]
 
     points = [both(('point', k), False) for k in range(10)]
     mean = [{m: np.mean([p[side][m] for p in points]) for m in points[0][side]} for side in (0, 1)]

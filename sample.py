@@ -105,7 +105,7 @@ def get_args(argv=None):
     judges = 'gate' if args.gate else 'reject_copies'
     for name, wanted in (('part', 'data'), ('split', 'reject_copies' if args.reject_copies else 'data'), ('empty_slices', 'data'), ('seg_steps', 'seg'),
                          ('per_patient', 'data'), ('threshold', 'gate'), ('rate', 'gate'), ('best_of', 'gate'), ('max_draws', judges), ('gate', 'bravo'),
-                         ('reject_copies', 'bravo'), ('lora_scale', 'bravo'), ('mc', 'bravo'), ('rho', 'stack')):
+                         ('reject_copies', 'bravo'), ('lora_scale', 'bravo'), ('mc', 'bravo'), ('steps', 'bravo'), ('rho', 'stack')):
         if getattr(args, name) is not None and not getattr(args, wanted):
             fail(f'--{name.replace("_", "-")} {getattr(args, name)}: does nothing without --{wanted.replace("_", "-")}')
     if (args.gate or args.reject_copies) and (args.pairs or args.learn_steps):
@@ -153,8 +153,7 @@ def get_args(argv=None):
             fail(f'--{name} {getattr(args, name)}: no such {"folder" if name == "masks" else "run folder or checkpoint"}')
     if args.save_at and not args.bravo:
         fail('--save-at keeps the steps of an image; add --bravo RUN')
-    if Path(args.out).exists() and not Path(args.out).is_dir():
-        fail(f'--out {args.out}: is a file; give a folder')
+    check_out(args.out)
     if Path(args.out).is_dir() and any(Path(args.out).iterdir()) and not (Path(args.out) / 'sample.json').exists():
         fail(f'--out {args.out}: holds files that are not a set of this script; give an empty folder')
     return args
@@ -453,6 +452,8 @@ class Judge:
             if max(abs(a - b) for a, b in zip(self.detector.box, run.box)) > 0.02:
                 print0(f'note: the detector saw the brain box {self.detector.box}, the image model {run.box}; its verdict may not fit')
             self.threshold = args.threshold or (math.inf if args.best_of else self.detector.threshold)
+        if self.detector and run.args.dual:
+            print0('note: the detector learned bravo on its own scale; here it shares that of a pair')
         if args.reject_copies:
             data = load_slices(args.reject_copies, run.args.size, ('bravo',), run.box, args.split, args.cache, run.args.labels, run.args.speck)
             train = data.rows('train')
@@ -517,8 +518,9 @@ class Set:
         same.update({k: r.hash for k, r in runs.items()}, pixels=last.args.size, box=list(last.box), labels=last.args.labels, speck=last.args.speck,
                     seen=joined([*(r.seen for r in runs.values()), *map(seen_by, [*([args.masks] if args.masks else []), *(args.data or [])])]), per_patient=bool(args.per_patient) or None,
                     gate=judge.detector and judge.detector.hash, hard=args.hard_cases and hashlib.sha256(Path(args.hard_cases).read_bytes()).hexdigest(), dual=last.args.dual,
+                    times=args.steps_file and read_steps(args, last).tolist(),
                     asked=[[[None if math.isnan(v) else round(float(v), 6) for v in lesion] for lesion in r] for r in requests])
-        note = self.out / 'sample.json'
+        same, note = json.loads(json.dumps(same)), self.out / 'sample.json'                # as it will be read: lists for tuples
         if note.exists():
             old = json.loads(note.read_text())
             changed = [f'{k} {same[k]} (was {old.get(k)})' for k in same if old.get(k) != same[k]]
@@ -533,7 +535,7 @@ class Set:
         if rank() == 0:
             known = {r[0] for r in self.tables['manifest'].values()}
             for f in self.out.iterdir():
-                if f.is_dir() and f.name not in known:
+                if f.is_dir() and f.name not in known and re.match(r'\.?syn_\d+_\d+(\.|$)', f.name):          # what else lies there is not ours
                     shutil.rmtree(f)
             atomic_write(note, json.dumps(same, indent=1).encode())
         self.write()
@@ -608,7 +610,7 @@ def report_choice(args, judge, kept, rejected):
 
 def keep_steps(wanted, ts, store, process):
     """A sampler callback that puts x_t and x0_hat, as images, into `store` at the solver's times nearest to the wanted ones."""
-    at = {t: int((ts - t).abs().argmin()) for t in wanted if t > 0}
+    at = {t: int((ts[:-1] - t).abs().argmin()) for t in wanted if t > 0}
     if len(set(at.values())) < len(at):
         fail(f'--save-at {",".join(map(str, wanted))}: two of these fall on one of the {len(ts) - 1} solver steps; use more --steps')
 

@@ -211,6 +211,9 @@ def test_verdicts_of_sets_of_one_name(tmp_path, capsys):
     with pytest.raises(SystemExit) as e:
         analysis.verdicts(said, tmp_path / 'moved/set')
     err = capsys.readouterr().err
+    with pytest.raises(SystemExit):                                                                # slices of a volume are no raters
+        analysis.verdicts([dict(said[0], z=z) for z in '01'], tmp_path / 'a/set')
+    assert 'several slices of f' in capsys.readouterr().err
     assert e.value.code == 2 and f'--fake {tmp_path}/moved/set: people judged {tmp_path}/a/set and ' in err
 
 

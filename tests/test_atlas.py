@@ -260,6 +260,16 @@ def fakes(atlas, name, bravo, rows):
     return made
 
 
+def test_sets_without_level_or_patient_are_refused(atlas, capsys):
+    """Before anything is registered."""
+    none = [('seg:1', '', None, np.zeros((16, 16), np.uint8))]
+    for rows, words in ((none, '--slice-level'), ([], 'no patient yet')):
+        (atlas.root / f'no{len(rows)}').mkdir()
+        with pytest.raises(SystemExit) as e:
+            atlas.run('--fake', fakes(atlas, f'no{len(rows)}', None, rows), '--out', atlas.root / 'never')
+        assert e.value.code == 2 and words in capsys.readouterr().err and not (atlas.root / 'never').exists()
+
+
 def test_generated_slices_lie_where_their_source_does(atlas, capsys):
     """Copies of real slices score as the real ones; noise scores less; masks outside the brain are found there; masks alone are placed by level."""
     data = load_slices([atlas.root / 'data'], 16, box=(0.0, 0.0, 1.0, 1.0), cache=atlas.root / 'cache')

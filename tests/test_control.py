@@ -186,6 +186,7 @@ def test_sampling_what_was_asked_for(told, call, tmp_path):
     masks = lambda out: np.stack([common.read_nifti(f / 'seg.nii.gz')[0] for f in sorted(out.glob('syn_*'))])
     by_file = masks(draw('file', '--requests', request))
     by_flag = masks(draw('flag', '--count', 2, '--size', '8,5', '--location', '0.6,0.4', '0.3,0.5'))
+    draw('flag', '--count', 2, '--size', '8,5', '--location', '0.6,0.4', '0.3,0.5')                      # the same command goes on
     assert (by_file[::2] == by_flag[::2]).all() and (by_file[1::2] != by_flag[1::2]).any()
     assert (masks(draw('free')) != by_flag).any() and (masks(draw('cfg', '--count', 2, '--seg-cfg', 4)) != masks(draw('no', '--count', 2))).any()
     rows = list(csv.DictReader(open(tmp_path / 'file' / 'manifest.csv')))

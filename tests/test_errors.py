@@ -148,6 +148,7 @@ TRAIN = [  # script, flags, words of the line
     ('seg', '--split {files}/empty.csv', '--split empty.csv patient,part'),
     ('seg', '--split {files}/binary.csv', 'binary.csv'),
     ('seg', '--out {files}/notes.txt', '--out notes.txt is a file'),
+    ('seg', '--out {files}/notes.txt/run', '--out notes.txt/run is a file'),
     ('seg', '--out {files}/notes.txt/run', '--out notes.txt/run folder'),
     ('seg', '--cache {files}/notes.txt', '--cache notes.txt folder'),
 ]
@@ -229,6 +230,7 @@ SAMPLE = [
     ('--bravo {trained}/bravo --data {phantom} --shift 0', "--shift '0' above 0"),
     ('--seg {trained}/seg --empty-slices 0', '--empty-slices 0.0 without --data'),
     ('--bravo {trained}/bravo --data {phantom} --seg-steps 3', '--seg-steps 3 without --seg'),
+    ('--seg {trained}/seg --steps 3', '--steps 3 without --bravo'),
     ('--bravo {trained}/bravo --data {phantom} --threshold 0.5', '--threshold 0.5 without --gate'),
     ('--bravo {trained}/bravo --data {phantom} --best-of 4', '--best-of 4 without --gate'),
     ('--bravo {trained}/bravo --data {phantom} --rate 0.06', '--rate 0.06 without --gate'),

@@ -289,6 +289,23 @@ def test_released_checkpoint(name):
     assert run.args.size == 64 and run.args.rflow and len(run.seen['hashes'] if 'hashes' in run.seen else run.seen) > 0
 
 
+def test_a_set_goes_on_with_what_is_its_own(call, trained, phantom, tmp_path, capsys):
+    """An unfinished patient goes, results that somebody keeps there stay; other times in the same file are another set; t near 0 is the last step."""
+    source = ('--bravo', trained / 'bravo', '--data', phantom)
+    (tmp_path / 'steps.json').write_text('{"times": [1, 0.9, 0]}')
+    draw = lambda n, *flags: call('sample', tmp_path / 'set', *source, '--n', n, '--steps-file', tmp_path / 'steps.json', *flags)
+    out = draw(1, '--save-at', '0.01')
+    assert np.load(out / 'syn_0_000000/trajectory.npz')['t'].tolist() == pytest.approx([0.9])
+    for name in ('quality/results', 'syn_0_000007'):
+        (out / name).mkdir(parents=True)
+    draw(2, '--save-at', '0.01')
+    assert sorted(f.name for f in out.iterdir() if f.is_dir()) == ['quality', 'syn_0_000000', 'syn_0_000001']
+    (tmp_path / 'steps.json').write_text('{"times": [1, 0.1, 0]}')
+    with pytest.raises(SystemExit):
+        draw(3, '--save-at', '0.01')
+    assert 'made otherwise: times [1.0, 0.1' in capsys.readouterr().err
+
+
 def test_four_forwards_after_reflow():
     """From the same noise and masks they end nearer to 25 steps of the model that drew the pairs than its own four do, by a third."""
     assets, g = Path(__file__).parent.parent / 'assets', torch.Generator().manual_seed(0)
