@@ -941,8 +941,10 @@ def train(args):
     answers = judged_images(args.answers, args.size, args.split, args.cache, data.box, args.labels) if args.answers else None
     judged = {k: np.flatnonzero((answers.part == args.part) & (answers.bad == k)) for k in (0, 1)} if answers else {0: [], 1: []}
     if args.probe:
-        kept, lines = fit_probe(args, answers, device)
-        save_checkpoint(out, dict(kept, step=0, args=plain(args), box=list(data.box)))
+        if state and (out / 'metrics.json').exists():
+            return print0(f'{out}: complete; another probe needs another --out')
+        kept, lines = fit_probe(args, answers, device)                        # again where a kill came before its figures: it takes seconds
+        save_checkpoint(out, dict(kept, step=0, opt={}, args=plain(args), box=list(data.box)))
         return figures(args, out, data, pools['test'], answers, device, lines)
     known = [f for f in CLASSES if f not in args.leave_out]
     print0(f'{out}: {args.device}' + (f', going on from step {state["step"]}' if state else '')

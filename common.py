@@ -384,10 +384,11 @@ def read_nifti(path):
     return a[::-1, ::-1].transpose(2, 1, 0), zooms[::-1]
 
 
-def write_patient(folder, images, mask, spacing, files=None):
+def write_patient(folder, images, mask, spacing, files=None, keep=False):
     """Writes {name: (H,W) or (Z,H,W)} and a mask as a patient in the data layout; read_nifti gives the same bits back.
 
     spacing (y, x) or (z, y, x) mm; files {name: bytes} go beside. The folder appears at once: a kill leaves no half patient.
+    keep: a folder that another process has put there meanwhile stays, instead of being replaced.
     """
     folder = Path(folder)
     tmp = folder.with_name(f'.{folder.name}.{os.getpid()}.tmp')
@@ -401,8 +402,14 @@ def write_patient(folder, images, mask, spacing, files=None):
         nib.save(nib.Nifti1Image(a, affine), tmp / f'{name}.nii.gz')
     for name, data in (files or {}).items():
         (tmp / name).write_bytes(data)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(tmp, folder)
+    if not keep:
+        shutil.rmtree(folder, ignore_errors=True)
+    try:
+        os.replace(tmp, folder)
+    except OSError:
+        shutil.rmtree(tmp, ignore_errors=True)
+        if not (keep and folder.exists()):
+            raise
 
 
 def head_mask(volume):
@@ -903,7 +910,7 @@ def make_phantom(directory, patients=PHANTOM['patients'], seed=0, slices=PHANTOM
         if not folder.exists():
             pre, post, seg, spacing = phantom_patient(generator('phantom', seed, i), slices, size)
             scale = 255 / max(pre.max(), post.max())
-            write_patient(folder, {'t1_pre': np.uint8(pre * scale), 'bravo': np.uint8(post * scale)}, seg, spacing)
+            write_patient(folder, {'t1_pre': np.uint8(pre * scale), 'bravo': np.uint8(post * scale)}, seg, spacing, keep=True)
     return directory
 
 
@@ -3414,14 +3421,14 @@ def save_checkpoint(out, state, keep_every=0):
             f.write(buffer.getbuffer())
             f.flush()
             os.fsync(f.fileno())
+        if keep_every and state['step'] % keep_every == 0:                                  # first: from ckpt.pt a killed run would go on without it
+            atomic_write(out / f'ckpt_{state["step"]}.pt', buffer.getbuffer())
         if (out / 'ckpt.pt').exists():
             os.replace(out / 'ckpt.pt', out / 'ckpt.prev.pt')
         os.replace(tmp, out / 'ckpt.pt')
         folder = os.open(out, os.O_RDONLY)                     # the renames themselves must reach the disk
         os.fsync(folder)
         os.close(folder)
-        if keep_every and state['step'] % keep_every == 0:
-            atomic_write(out / f'ckpt_{state["step"]}.pt', buffer.getbuffer())
     except OSError as e:
         tmp.unlink(missing_ok=True)
         fail(f'{out}: checkpoint of step {state["step"]} could not be saved ({e}); the one before is intact, free some '

@@ -187,6 +187,8 @@ def main(args):
     run, detector = load_run(args.bravo, device, args.dtype), load_detector(args.reward, device)
     if run.args.volume:
         fail(f'--bravo {args.bravo}: draws volumes, and a detector looks at slices; give a run without --volume')
+    if run.args.size < 11:
+        fail(f'--bravo {args.bravo}: draws {run.args.size} pixels; MS-SSIM, which says how various images are, needs 11')
     if run.args.script != 'bravo':
         fail(f'--bravo {run.path}: is a run of train_{run.args.script}.py')
     if run.args.neighbours:

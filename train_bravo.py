@@ -65,6 +65,10 @@ def get_args(argv=None):
         fail(f'--distill and {idle[0]}: distillation asks the network at t=1 alone, where that does nothing; leave it away')
     if args.dual and (args.latent or args.perceptual):
         fail(f'--dual and --{"latent" if args.latent else "perceptual"}: autoencoders and VGG16 know single images; leave it away (--wavelet and --fft do pairs)')
+    if args.perceptual and min(args.progressive or (args.size,)) < 16:
+        fail(f'--perceptual {args.perceptual:g}: VGG16 halves an image four times; use --size 16 or more')
+    if args.gan and args.size < 12:
+        fail(f'--gan {args.gan:g}: its patches need --size 12 or more')
     if (args.perceptual_weights or args.lpips_weights) and not args.perceptual:
         fail('--perceptual-weights and --lpips-weights do nothing without --perceptual W; 0.01 is a start')
     for name in ('perceptual_weights', 'lpips_weights'):
@@ -238,8 +242,11 @@ def load_maisi(net, args):
     weights = read_maisi_unet(args.maisi_unet)[0]
     first = weights['conv_in.weight']
     weights['conv_in.weight'] = F.pad(first, (0, 0) * 3 + (0, net.in_channels - first.shape[1]))
+    own = net.state_dict()                                                     # with --sparse24 under names of its own
     try:
-        net.load_state_dict(weights)
+        if plain_names(own).keys() != weights.keys():
+            raise RuntimeError('other tensors: ' + ', '.join(sorted({*plain_names(own)} ^ {*weights})))
+        net.load_state_dict({k: weights.get(plain_name(k), v) for k, v in own.items()})
     except RuntimeError as e:
         fail(f'--maisi-unet {args.maisi_unet}: does not fit ({str(e)[:200]}); are autoencoder and network of one release?')
     print0(f'MAISI: {len(weights)} tensors from {args.maisi_unet}, {args.maisi} version')
@@ -369,6 +376,8 @@ def train_vae(args, state, data, rows, val, seen, device):
     if state:
         net.load_state_dict(state['net']), ema.net.load_state_dict(state['ema']), disc.load_state_dict(state['disc']), opt.load_state_dict(state['opt'])
         start, ema.updates = state['step'], state['ema_updates']
+    if args.compile and args.gan:
+        torch._functorch.config.donated_buffer = False                       # adaptive_weight goes back through the graph twice
     model = torch.compile(net) if args.compile else net
     shape = (args.latent_channels, *(n // f for n, f in zip(grid, factor)))
     stages = getattr(net, 'stages', [net])
@@ -465,7 +474,7 @@ def train_vae(args, state, data, rows, val, seen, device):
             print0(f'{out}: stopped by signal {signum} and saved at step {done}; the same command goes on')
             raise SystemExit(128 + signum)
     stop.restore()
-    if rank() == 0 and start < args.iters:
+    if rank() == 0 and (start < args.iters or not (out / 'reconstruction.csv').exists()):           # a kill may have come between
         plot(out / 'log.png', {'loss': log.curve('loss'), 'held-out L1 (EMA)': log.curve('held_out')}, str(out), 'step', 'loss', logy=True)
         report_reconstruction(lambda x: reconstruct(ema.net, x)[0], data, data.rows('val'), device, factor, out)
         print0(f'{out}: {args.iters} steps done; look at {out}/samples_{args.iters:06d}.png, then: python train_bravo.py --rflow --latent {out}')
@@ -612,6 +621,8 @@ def main(args):
         fail(f'--data {" ".join(map(str, roots))}: no slice of a training patient; see --split')
     space, latents = make_space(args, state, data, rows, device)
     pairs = read_pairs(args.reflow, args.size, args.split, space) if args.reflow else None
+    if pairs and args.slice_level and pairs.level.isnan().any():
+        fail(f'--reflow {args.reflow}: its masks know no level; leave --slice-level away, or make pairs with runs that have it')
     rows = np.arange(len(pairs.image)) if pairs else rows
     level = torch.tensor([r['level'] for r in data.table])
     levels = quantiles(pairs.level if pairs else level[rows]) if args.slice_level else None            # sample.py draws levels like these for masks that know none

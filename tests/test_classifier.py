@@ -318,7 +318,7 @@ def test_logistic_regression():
     assert b == pytest.approx(math.log(2 / 8), abs=1e-6) and b + w[0] == pytest.approx(math.log(7 / 3), abs=1e-6)
 
 
-def test_probe(phantom, cache, tmp_path, judged, capsys):
+def test_probe(phantom, cache, tmp_path, judged, capsys, monkeypatch):
     """A linear layer on frozen features: finds the checkerboard in patients it did not learn from, is blind to left and right and to the mask,
     has a slope in the image, and is loaded without the file that its features came from."""
     torch.manual_seed(0)
@@ -328,6 +328,16 @@ def test_probe(phantom, cache, tmp_path, judged, capsys):
     found = json.loads((tmp_path / 'run/metrics.json').read_text())['detector']
     assert found['AUC, judged images, patients left out in turn']['value'] > 0.9 and found['AUC, judged images of other patients']['value'] > 0.9
     assert 0.9 <= found['bad caught at threshold']['value'] and found['bad caught at threshold']['n'] == found['good flagged at threshold']['n'] == 3 * 7    # of judged images
+    again = ('train', '--data', phantom, '--cache', cache, '--out', tmp_path / 'other', '--device', 'cpu', '--size', 16, '--test-slices', 8, '--repeats', 20, '--answers', judged,
+             '--probe', tmp_path / 'vgg.pth')
+    with monkeypatch.context() as m:                                         # killed before its figures: the same command makes them
+        m.setattr(classifier, 'figures', lambda *a: exec('raise KeyboardInterrupt'))
+        with pytest.raises(KeyboardInterrupt):
+            run(*again)
+    run(*again), run(*again)
+    assert 'complete' in capsys.readouterr().out.splitlines()[-1]
+    made = json.loads((tmp_path / 'other/metrics.json').read_text())['detector']['AUC, judged images, patients left out in turn']
+    assert made['value'] == pytest.approx(found['AUC, judged images, patients left out in turn']['value'], abs=0.02)
     (tmp_path / 'vgg.pth').unlink()
     d, data = load_detector(tmp_path / 'run'), load_slices([judged], 16, cache=cache, training=False)
     x, m = torch.tensor(data.images[:6]).requires_grad_(), torch.tensor(data.masks[:6]).float()

@@ -147,6 +147,8 @@ TRAIN = [  # script, flags, words of the line
     ('seg', '--split {files}/short.csv', 'short.csv line 2 columns'),
     ('seg', '--split {files}/empty.csv', '--split empty.csv patient,part'),
     ('seg', '--split {files}/binary.csv', 'binary.csv'),
+    ('bravo', '--rflow --size 8 --perceptual 0.01', '--perceptual 0.01 --size 16'),
+    ('bravo', '--vae 2 --gan 0.5 --size 8', '--gan 0.5 --size 12'),
     ('seg', '--out {files}/notes.txt', '--out notes.txt is a file'),
     ('seg', '--out {files}/notes.txt/run', '--out notes.txt/run is a file'),
     ('seg', '--out {files}/notes.txt/run', '--out notes.txt/run folder'),

@@ -180,6 +180,9 @@ def test_end_to_end(files, call, phantom, tmp_path):
     sizes = ['--volume', 8, '--size', 16, '--iters', 2]
     vae = call('bravo', tmp_path / 'vae', '--vae', 4, '--maisi-vae', files / 'vae.pt', '--splits', 2, *sizes)
     run = call('bravo', tmp_path / 'run', '--rflow', '--latent', vae, '--maisi-unet', files / 'rflow.pt', *sizes)
+    sparse = load_run(call('bravo', tmp_path / 'sparse', '--rflow', '--latent', vae, '--maisi-unet', files / 'rflow.pt', '--sparse24', *sizes, '--iters', 0)).net.state_dict()
+    started = read_maisi_unet(files / 'rflow.pt')[0]
+    assert all(torch.equal(v, started[common.plain_name(k)]) for k, v in sparse.items() if k.endswith('norm1.weight'))
     assert all((f / 'samples_000002.png').exists() for f in (vae, run))
     state = common.load_checkpoint(run)
     start = read_autoencoder(files / 'vae.pt')[0]['weights']

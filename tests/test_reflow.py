@@ -130,6 +130,15 @@ def test_levels_are_those_of_the_pairs(pairs, call, tmp_path):
     assert len({*levels[0]}) > 2 and {*levels[1]} == {0.25}
 
 
+def test_pairs_without_a_level_are_refused(pairs, call, trained, tmp_path, capsys):
+    (tmp_path / 'none').mkdir()
+    for f in pairs.glob('*.npz'):
+        np.savez(tmp_path / 'none' / f.name, **dict(np.load(f), level=np.full_like(np.load(f)['level'], np.nan)))
+    with pytest.raises(SystemExit) as e:
+        call('bravo', tmp_path / 'out', '--rflow', '--slice-level', '--reflow', tmp_path / 'none', '--init', trained / 'bravo')
+    assert e.value.code == 2 and 'know no level' in capsys.readouterr().err
+
+
 def test_pairs_of_no_run(pairs, call, trained, tmp_path, capsys):
     torch.save(common.load_checkpoint(trained / 'bravo')['net'], tmp_path / 'state.pt')
     with pytest.raises(SystemExit) as e:

@@ -575,3 +575,29 @@ def test_two_processes_equal_one(call, pair, tmp_path, phantom, cache):
         torch.testing.assert_close(x['loss_by_t'][:, :, 1], y['loss_by_t'][:, :, 1], rtol=0, atol=0)  # counts
         torch.testing.assert_close(x['loss_by_t'][:, :, 0], y['loss_by_t'][:, :, 0], rtol=1e-4, atol=1e-5)
     assert_same_set(first, tmp_path / 'set_two', 1e-4)
+
+
+def test_a_kept_checkpoint_survives_a_kill(call, tmp_path, monkeypatch):
+    """Killed while ckpt_2.pt is written: the run goes on from before it, and leaves it too."""
+    write, go = common.atomic_write, lambda: call('bravo', tmp_path / 'run', '--rflow', '--keep-every', 2)
+
+    def killed(path, data):
+        if str(path).endswith('ckpt_2.pt'):
+            raise KeyboardInterrupt
+        write(path, data)
+
+    with monkeypatch.context() as m:
+        m.setattr(common, 'atomic_write', killed)
+        with pytest.raises(KeyboardInterrupt):
+            go()
+    assert sorted(f.name for f in go().glob('ckpt_*.pt')) == ['ckpt_2.pt', 'ckpt_4.pt']
+
+
+def test_two_may_write_the_phantom(tmp_path):
+    """The second finds the first one's patient there and throws his away; elsewhere a patient is replaced."""
+    image, mask = np.zeros((8, 8), np.float32), np.zeros((8, 8), np.uint8)
+    write = lambda value, **more: common.write_patient(tmp_path / 'p', dict(bravo=image + value), mask, (1, 1), **more)
+    write(1), write(2, keep=True)
+    assert read_nifti(tmp_path / 'p/bravo.nii.gz')[0].max() == 1 and [f.name for f in tmp_path.iterdir()] == ['p']
+    write(3)
+    assert read_nifti(tmp_path / 'p/bravo.nii.gz')[0].max() == 3 and [f.name for f in tmp_path.iterdir()] == ['p']

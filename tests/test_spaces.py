@@ -463,3 +463,21 @@ def test_sampling_refuses(call, vaes, phantom, tmp_path, capsys):
     out = call('bravo', tmp_path / 'run', '--wavelet', '--target', 'v', '--steps', 50, '--iters', 1)
     refused(capsys, ['--clip', 'bands'], call, 'sample', tmp_path / 'a', '--bravo', out, '--data', phantom, '--clip')
     refused(capsys, ['autoencoder', '--latent'], call, 'sample', tmp_path / 'b', '--bravo', vaes / '2', '--data', phantom)
+
+
+def test_an_autoencoder_killed_before_its_report_makes_it_later(call, tmp_path, monkeypatch):
+    with monkeypatch.context() as m:
+        m.setattr(train_bravo, 'report_reconstruction', lambda *a: exec('raise KeyboardInterrupt'))
+        with pytest.raises(KeyboardInterrupt):
+            call('bravo', tmp_path / 'vae', '--vae', 2)
+    assert not (tmp_path / 'vae/reconstruction.csv').exists()
+    assert (call('bravo', tmp_path / 'vae', '--vae', 2) / 'reconstruction.csv').exists()
+
+
+def test_a_compiled_autoencoder_trains_with_a_gan(call, tmp_path, monkeypatch):
+    """The GAN's pull goes back through the compiled graph twice; same bits as without."""
+    compiled = torch.compile
+    monkeypatch.setattr(torch, 'compile', lambda net: compiled(net, backend='aot_eager'))
+    flags = ('--vae', 2, '--gan', 0.5, '--gan-from', 0.25)
+    a, b = (common.load_checkpoint(call('bravo', tmp_path / name, *flags, *more))['net'] for name, more in (('eager', ()), ('compiled', ('--compile',))))
+    assert a.keys() == b.keys() and all((a[k] - b[k]).abs().max() < 1e-5 for k in a)
