@@ -419,3 +419,10 @@ def test_two_processes_equal_one(call, flags, trained, phantom, cache, detector,
     for name in ('manifest', 'rejected'):
         rows = [[(r['index'], r['candidate']) for r in common.read_csv(f / f'{name}.csv')] for f in (one[1], tmp_path / 'set_two')]
         assert rows[0] == rows[1] and rows[0]
+
+
+def test_images_below_the_window_of_ms_ssim_are_refused(call, detector, tmp_path, capsys):
+    run = call('bravo', tmp_path / 'small', '--rflow', '--size', 8, '--iters', 1)
+    with pytest.raises(SystemExit) as e:
+        call('draft', tmp_path / 'draft', '--bravo', run, '--reward', detector())
+    assert e.value.code == 2 and 'draws 8 pixels' in capsys.readouterr().err
