@@ -190,10 +190,10 @@ def atomic_write(path, data):
 
 def check_out(path):
     """Fails, before any work, where --out could not be made a folder: it, or what it lies in, is a file or may not be written to."""
-    path = Path(path).absolute()
-    there = next(p for p in (path, *path.parents) if p.exists())
+    whole = Path(path).absolute()
+    there = next(p for p in (whole, *whole.parents) if p.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
-        fail(f'--out {path}: {"" if there == path else f"{there} "}is {"a folder that may not be written to" if there.is_dir() else "a file"}; give a folder')
+        fail(f'--out {path}: {"" if there == whole else f"{there} "}is {"a folder that may not be written to" if there.is_dir() else "a file"}; give a folder')
 
 
 def make_folder(path, flag):

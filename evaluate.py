@@ -1750,7 +1750,7 @@ def slice_nmi(image, template, matrix, points):
 def atlas(args):
     """Registers every patient once, writes parcellations, atlas.json, atlas.csv and a picture; with --fake measures its slices beside real ones."""
     keep_memory()
-    if args.fake and not all(r.get('level') or json.loads((Path(args.fake) / 'sample.json').read_text()).get('bravo') for r in made_rows(args.fake)):
+    if args.fake and not all(r.get('level') for r in made_rows(args.fake)) and not json.loads((Path(args.fake) / 'sample.json').read_text()).get('bravo'):
         fail(f'--fake {args.fake}: its masks know no level, so there is no place to lay them; train their model with --slice-level')
     out, template = Path(args.out), Template(args.template, args.labels)
     patients = find_patients(args.data, ('bravo', 'seg'))

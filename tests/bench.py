@@ -256,6 +256,8 @@ def lean(args):
         table(arms, shape, argparse.Namespace(**{**vars(args), 'precisions': ['bf16']}))
     for shape in (('full', 128, 16),) if cuda else (('small', 64, 16), ('full', 128, 2)):
         table(['ours', 'ours, pruned 0.25', 'ours, pruned 0.5'], shape, args)
+        if cuda:
+            table(['ours compiled', 'ours compiled, pruned 0.25', 'ours compiled, pruned 0.5'], shape, args)
     if cuda:
         sparse(args.device)
 
